@@ -1,0 +1,172 @@
+"""Proves that our samplers are diffusers' schedulers as matrices, and that they solve the flow ODE they claim to.
+
+Run: pytest tests/test_schedule.py
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from tubelet.runtime.errors import UserError
+from tubelet.runtime.schedule import SAMPLERS, Schedule, make_schedule
+
+Model = Callable[[np.ndarray, float], np.ndarray]
+
+steps_and_shifts = given(steps=st.integers(1, 50), shift=st.sampled_from([1.0, 3.0, 5.0, 8.0]))
+samplers = pytest.mark.parametrize("sampler", sorted(SAMPLERS))
+
+
+def sample(schedule: Schedule, model: Model, noise: np.ndarray) -> list[np.ndarray]:
+    """Every x of the trajectory: noise first, the clean sample last. `model` maps (x, timestep) to velocity."""
+    state = np.zeros((schedule.buffers, *noise.shape))
+    state[0] = noise
+    trajectory = [noise]
+    for timestep, matrix in zip(schedule.timesteps, schedule.matrices, strict=True):
+        state = np.einsum("st,t...->s...", matrix, np.stack([*state, model(state[0], timestep)]))
+        trajectory.append(state[0])
+    return trajectory
+
+
+def mlp(x: np.ndarray, timestep: float) -> np.ndarray:
+    """A fixed random network: nonlinear in x, smooth in time. [..., 16] -> [..., 16]"""
+    rng = np.random.default_rng(0)
+    inner, outer, clock = rng.normal(size=(16, 32)) / 4, rng.normal(size=(32, 16)) / 4, rng.normal(size=32)
+    return x + np.tanh(x @ inner + clock * timestep / 1000) @ outer
+
+
+def gaussian(x: np.ndarray, timestep: float) -> np.ndarray:
+    """The exact velocity where the data are normal with deviation 0.5: smooth, with x0 far from constant."""
+    sigma, variance = timestep / 1000, 0.25
+    total = (1 - sigma) ** 2 * variance + sigma**2
+    return x * (sigma - (1 - sigma) * variance) / total
+
+
+def diffusers_scheduler(sampler: str, steps: int, shift: float) -> Any:
+    diffusers = pytest.importorskip("diffusers")
+    scheduler = {
+        "euler": lambda: diffusers.FlowMatchEulerDiscreteScheduler(shift=shift),
+        "unipc": lambda: diffusers.UniPCMultistepScheduler(
+            prediction_type="flow_prediction", use_flow_sigmas=True, flow_shift=shift, solver_order=2
+        ),
+    }[sampler]()
+    scheduler.set_timesteps(steps)
+    return scheduler
+
+
+@samplers
+@given(steps=st.integers(1, 100), shift=st.floats(0.1, 20))
+@settings(deadline=None)
+def test_levels_are_those_of_diffusers_bit_for_bit(sampler: str, steps: int, shift: float) -> None:
+    scheduler = diffusers_scheduler(sampler, steps, shift)
+
+    schedule = make_schedule(sampler, steps, shift)
+
+    np.testing.assert_array_equal(schedule.sigmas, scheduler.sigmas.double().numpy())
+    np.testing.assert_array_equal(schedule.timesteps, scheduler.timesteps.double().numpy())
+
+
+@samplers
+@steps_and_shifts
+@settings(max_examples=40, deadline=None)
+def test_every_step_of_a_trajectory_equals_diffusers(sampler: str, steps: int, shift: float) -> None:
+    torch = pytest.importorskip("torch")
+    scheduler = diffusers_scheduler(sampler, steps, shift)
+    scheduler.sigmas = scheduler.sigmas.double()  # its UniPC then computes in float64; its Euler stays in float32
+    tolerance = {"euler": 1e-5, "unipc": 1e-12}[sampler]
+    noise = np.random.default_rng(steps).normal(size=(2, 16))
+
+    ours = sample(make_schedule(sampler, steps, shift), mlp, noise)
+
+    theirs = [torch.from_numpy(noise)]
+    for timestep in scheduler.timesteps:
+        velocity = torch.from_numpy(mlp(theirs[-1].numpy(), float(timestep)))
+        theirs.append(scheduler.step(velocity, timestep, theirs[-1]).prev_sample)
+    for step, (our, their) in enumerate(zip(ours, theirs, strict=True)):
+        error = np.abs(our - their.numpy()).max() / np.abs(our).max()
+        assert error < tolerance, f"step {step}: relative error {error:.2e}"
+
+
+@samplers
+@given(steps=st.integers(1, 100), shift=st.floats(0.1, 20))
+@settings(deadline=None)
+def test_levels_fall_from_noise_to_exactly_zero(sampler: str, steps: int, shift: float) -> None:
+    schedule = make_schedule(sampler, steps, shift)
+
+    assert (np.diff(schedule.sigmas) < 0).all()
+    assert schedule.sigmas[0] == pytest.approx(1, abs=1e-5) and schedule.sigmas[-1] == 0
+    assert np.isfinite(schedule.matrices).all()
+    assert schedule.matrices.shape == (steps, schedule.buffers, schedule.buffers + 1)
+
+
+@samplers
+@steps_and_shifts
+@settings(deadline=None)
+def test_a_straight_path_is_followed_exactly(sampler: str, steps: int, shift: float) -> None:
+    rng = np.random.default_rng(0)
+    clean, noise = rng.normal(size=(2, 8))
+    schedule = make_schedule(sampler, steps, shift)
+    points = [(1 - sigma) * clean + sigma * noise for sigma in schedule.sigmas]
+
+    trajectory = sample(schedule, lambda x, timestep: noise - clean, points[0])
+
+    np.testing.assert_allclose(trajectory, points, rtol=0, atol=1e-11)
+
+
+def test_unipc_converges_at_a_higher_order_than_euler() -> None:
+    def order(sampler: str) -> float:
+        """The slope of log error over log steps, from 16 to 64 steps, away from the ends of the path."""
+        return float(np.log2(error(sampler, 16) / error(sampler, 64)) / 2)
+
+    def error(sampler: str, steps: int) -> float:
+        schedule = make_schedule(sampler, steps, 1.0)
+        exact_timesteps = Schedule(schedule.sigmas, schedule.sigmas[:-1] * 1000, schedule.matrices)
+        end = sample(exact_timesteps, gaussian, np.ones(1))[-1]
+        return float(np.abs(end - 0.5).item())  # the flow maps noise of deviation 1 to data of deviation 0.5
+
+    assert order("euler") == pytest.approx(1, abs=0.3)
+    assert order("unipc") > 1.6
+    assert error("unipc", 16) < error("euler", 64)
+
+
+@steps_and_shifts
+@settings(deadline=None)
+def test_unipc_leaves_the_newer_prediction_in_place_and_keeps_no_history_at_the_end(steps: int, shift: float) -> None:
+    schedule = make_schedule("unipc", steps, shift)
+    identity = np.eye(schedule.buffers, schedule.buffers + 1)
+
+    for step, matrix in enumerate(schedule.matrices):
+        untouched = {3 - step % 2} if step < steps - 1 else {1, 2, 3}
+        rows = {row for row in range(schedule.buffers) if (matrix[row] == identity[row]).all()}
+        assert rows == untouched
+
+
+@samplers
+def test_a_schedule_cannot_be_changed(sampler: str) -> None:
+    schedule = make_schedule(sampler, 4, 3.0)
+
+    with pytest.raises(ValueError, match="read-only"):
+        schedule.matrices[0] = 0
+
+
+@pytest.mark.parametrize(
+    ("sampler", "steps", "shift", "message"),
+    [
+        ("ddim", 20, 3.0, "'ddim'.*euler, unipc"),
+        ("euler", 0, 3.0, "steps .* is 0"),
+        ("euler", 2.0, 3.0, "steps .* is 2.0"),
+        ("euler", True, 3.0, "steps .* is True"),
+        ("euler", 1001, 3.0, "from 1 to 1000, is 1001"),
+        ("unipc", 20, 0.0, "shift .* is 0.0"),
+        ("unipc", 20, float("nan"), "shift .* is nan"),
+        ("unipc", 20, 1e7, "shift 1e[+]07 .*nearer to 1"),
+    ],
+)
+def test_a_bad_request_is_refused_with_its_value(sampler: str, steps: Any, shift: float, message: str) -> None:
+    with pytest.raises(UserError, match=message):
+        make_schedule(sampler, steps, shift)
