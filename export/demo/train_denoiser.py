@@ -1,0 +1,257 @@
+"""Trains the embedded model's text encoder and denoiser together, by flow matching on cached latents.
+
+Flows in: `vae.pt`. Flows out: `latents.pt` (a pool of encoded clips) and `denoiser.pt` (weights averaged over
+training). Every step draws a size, a duration, noise levels and known tokens from a seed of its own, so training
+resumes exactly.
+
+Known tokens (clean, at noise level 0) are what later tasks are made of: first frames, last frames, both ends, or a
+rectangle in space and time.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from tubelet.runtime.geometry import coordinate_columns
+from tubelet.runtime.kernels import rope3d
+from tubelet.runtime.schedule import time_features
+from tubelet.runtime.spec import ModelSpec
+from tubelet.runtime.text import PromptTokenizer
+
+from ..dit import Conditioner, Denoiser
+from ..text_encoder import TextEncoder
+from ..vae import Vae, whole
+from .training import Checkpoint, Optimizers, unit_gain_
+from .recipe import tokenizer
+from .train_vae import to_pixels
+from .world import TRAINED, Scene, caption, render
+
+# width, height, frames that the motion is drawn for, clips in the pool
+POOL = (
+    *((w, h, f, n) for w, h in ((48, 48), (64, 48), (48, 64), (64, 64)) for f, n in ((9, 120), (17, 280), (33, 280))),
+    *((w, h, f, n) for w, h in ((80, 48), (48, 80), (80, 64), (64, 80)) for f, n in ((17, 120), (33, 120))),
+    *((w, h, f, n) for w, h in ((96, 48), (48, 96), (96, 64), (64, 96), (80, 80)) for f, n in ((17, 60), (33, 60))),
+    *((w, h, f, n) for w, h in ((96, 96), (96, 80), (80, 96)) for f, n in ((17, 50), (33, 40))),
+    *((w, h, 49, 60) for w, h in ((48, 48), (64, 48), (48, 64), (64, 64))),
+)
+# latent frames of a batch, by latent frames of the pool's clips; 11 (41 frames) is never trained
+CUTS = {3: (3, 3, 2), 5: (5, 5, 3), 9: (9, 9, 7, 5), 13: (13, 9, 7)}
+IMAGE_SHARE = 0.06
+STEPS = 9000
+TOKENS_PER_BATCH = 1536
+LEARNING_RATE = 2.5e-3
+CAPTION_DROP = 0.1
+KNOWN_SHARE = 0.3
+
+
+def encode_pool(spec: ModelSpec, folder: Path) -> None:
+    """Renders and encodes the pool: per size and length, latents fp16 [n,C,T',h,w] and the scenes' numbers."""
+    vae = _vae(spec, folder)
+    scenes_order = np.random.default_rng(31).permutation(len(TRAINED))
+    drawn, pool = 0, []
+    with torch.no_grad():
+        for number, (width, height, frames, count) in enumerate(POOL):
+            rng = np.random.default_rng((37, number))
+            scenes, latents = [], []
+            for _ in range(count):
+                scenes.append(int(scenes_order[drawn % len(TRAINED)]))
+                drawn += 1
+                clip = render(TRAINED[scenes[-1]], width, height, frames, rng)
+                pixels = to_pixels(clip[None]).contiguous(memory_format=torch.channels_last_3d)
+                mean = whole(vae.encoder, pixels).chunk(2, dim=1)[0]
+                latents.append(mean.half())
+            pool.append({"latents": torch.cat(latents), "scenes": scenes, "size": (width, height, frames)})
+            print(f"encoded {width}x{height}x{frames}: {count} clips", flush=True)
+    torch.save(pool, folder / "latents.pt")
+
+
+def _vae(spec: ModelSpec, folder: Path) -> Vae:
+    vae = Vae(spec.vae)
+    vae.load_state_dict(torch.load(folder / "vae.pt", weights_only=True)["weights"])
+    return vae.eval()
+
+
+class Model(nn.Module):
+    """What is trained together; the unconditional branch is the empty prompt."""
+
+    def __init__(self, spec: ModelSpec):
+        super().__init__()
+        self.text_encoder = TextEncoder(spec.text_encoder)
+        self.conditioner = Conditioner(spec.denoiser)
+        self.denoiser = Denoiser(spec.denoiser)
+        unit_gain_(self)
+        nn.init.zeros_(self.denoiser.project_out.weight)
+        for block in self.denoiser.blocks:
+            block.self_attention.o.weight.data *= 0.4
+            block.cross_attention.o.weight.data *= 0.4
+            block.ffn[2].weight.data *= 0.4
+
+    def forward(self, batch: Batch, noisy: Tensor, features: Tensor) -> Tensor:
+        cross_k, cross_v = self.conditioner(self.text_encoder(batch.ids, batch.mask))
+        tokens = torch.cat([noisy, batch.coordinates.expand(len(noisy), -1, -1)], dim=2)
+        return self.denoiser(tokens, features, batch.rope[0], batch.rope[1], cross_k, cross_v, batch.known)
+
+
+@dataclass(frozen=True)
+class Batch:
+    clean: Tensor  # [B,N,P]
+    known: Tensor  # [B,N]
+    ids: Tensor  # [B,L]
+    mask: Tensor
+    coordinates: Tensor  # [N,17]
+    rope: tuple[Tensor, Tensor]  # [N,D/2] each
+
+
+def pack(latents: Tensor, patch: tuple[int, int, int]) -> Tensor:
+    """[B,C,T,H,W] -> tokens [B,N,C*pt*ph*pw]: the batched torch twin of `runtime.kernels.pack`."""
+    b, c, t, h, w = latents.shape
+    pt, ph, pw = patch
+    x = latents.reshape(b, c, t // pt, pt, h // ph, ph, w // pw, pw)
+    return x.permute(0, 2, 4, 6, 1, 3, 5, 7).reshape(b, -1, c * pt * ph * pw)
+
+
+def draw_known(grid: tuple[int, int, int], rng: np.random.Generator) -> np.ndarray:
+    """A random pattern of known tokens [T,H,W]: an end, both ends, or all but a box."""
+    t, h, w = grid
+    known = np.zeros(grid, np.float32)
+    kind = rng.choice(["none", "first", "last", "both", "box"], p=[1 - KNOWN_SHARE, *(KNOWN_SHARE * x for x in (0.4, 0.15, 0.2, 0.25))])
+    if kind in ("first", "both"):
+        known[: 1 if rng.random() < 0.5 else rng.integers(1, max(2, t // 2 + 1))] = 1
+    if kind in ("last", "both"):
+        known[-1 if rng.random() < 0.5 else -int(rng.integers(1, max(2, t // 2 + 1))) :] = 1
+    if kind == "box":
+        low = [rng.integers(n) for n in grid]
+        high = [rng.integers(a + 1, n + 1) for a, n in zip(low, grid, strict=True)]
+        known[:] = 1
+        known[tuple(slice(a, b) for a, b in zip(low, high, strict=True))] = 0
+    return known if not known.all() else np.zeros_like(known)
+
+
+class Batches:
+    """Draws the batch of a step from the pool: same size and length, about TOKENS_PER_BATCH tokens."""
+
+    def __init__(self, spec: ModelSpec, folder: Path):
+        self.spec = spec
+        self.pool = torch.load(folder / "latents.pt", weights_only=True)
+        self.tokenizer = PromptTokenizer(tokenizer(), spec.text_encoder.length)
+        vae = spec.vae
+        self.mean = torch.tensor(vae.latent_mean)[None, :, None, None, None]
+        self.std = torch.tensor(vae.latent_std)[None, :, None, None, None]
+        weights = np.array([len(entry["scenes"]) for entry in self.pool], np.float64)
+        self.odds = weights / weights.sum()
+
+    def __call__(self, step: int) -> Batch:
+        rng = np.random.default_rng((41, step))
+        entry = self.pool[rng.choice(len(self.pool), p=self.odds)]
+        image = rng.random() < IMAGE_SHARE
+        frames = 1 if image else int(rng.choice(CUTS[entry["latents"].shape[2]]))
+        height, width = entry["latents"].shape[3:]
+        _, ph, pw = self.spec.denoiser.patch
+        grid = (frames, height // ph, width // pw)
+        count = min(64, max(4, TOKENS_PER_BATCH // math.prod(grid)))
+        chosen = rng.integers(len(entry["scenes"]), size=count)
+        latents = (entry["latents"][chosen, :, :frames].float() - self.mean) / self.std
+        scenes: Iterator[Scene] = (TRAINED[entry["scenes"][i]] for i in chosen)
+        captions = ["" if rng.random() < CAPTION_DROP else caption(scene, rng, image) for scene in scenes]
+        ids, mask = self.tokenizer(captions)
+        rope = rope3d(grid, self.spec.denoiser.head_size, theta=self.spec.denoiser.theta)
+        return Batch(
+            clean=pack(latents, self.spec.denoiser.patch),
+            known=torch.from_numpy(np.stack([draw_known(grid, rng).ravel() for _ in range(count)])),
+            ids=torch.from_numpy(ids),
+            mask=torch.from_numpy(mask),
+            coordinates=torch.from_numpy(coordinate_columns(grid)),
+            rope=(torch.from_numpy(rope[0]), torch.from_numpy(rope[1])),
+        )
+
+
+def draw_sigmas(count: int, tokens: int) -> Tensor:
+    """Noise levels [count]: logit-normal, shifted towards noise, where motion is decided."""
+    sigma = torch.sigmoid(torch.randn(count))
+    shift = 3.0
+    return shift * sigma / (1 + (shift - 1) * sigma)
+
+
+def flow_loss(model: Model, batch: Batch, sigma: Tensor, noise: Tensor, features: int) -> Tensor:
+    """Mean squared error of the velocity [B] over unknown tokens."""
+    noisy = (1 - sigma)[:, None, None] * batch.clean + sigma[:, None, None] * noise
+    noisy = torch.where(batch.known[..., None] > 0, batch.clean, noisy)
+    levels = np.stack([1000 * sigma.double().numpy(), np.zeros(len(sigma))], axis=1)
+    velocity = model(batch, noisy, torch.from_numpy(time_features(levels, features)))
+    error = (velocity - (noise - batch.clean)).square().mean(dim=2) * (1 - batch.known)
+    return error.sum(dim=1) / (1 - batch.known).sum(dim=1)
+
+
+def train(spec: ModelSpec, folder: Path) -> None:
+    torch.manual_seed(2)
+    model = Model(spec)
+    average = torch.optim.swa_utils.AveragedModel(model, multi_avg_fn=torch.optim.swa_utils.get_ema_multi_avg_fn(0.998))
+    optimizers = Optimizers(model, STEPS, LEARNING_RATE, LEARNING_RATE, flat=0.55)
+    batches = Batches(spec, folder)
+    state = {"model": model, "average": average, "optimizers": optimizers}
+    checkpoint = Checkpoint(folder / "denoiser_training.pt", state, every=250)
+    gaps = {name: lambda pair=pair: word_gap(average.module, batches, *pair) for name, pair in GAPS.items()}
+    with torch.nn.attention.sdpa_kernel(torch.nn.attention.SDPBackend.MATH):
+        for step in checkpoint.steps(STEPS, gaps):
+            torch.manual_seed(1_000_000 + step)
+            batch = batches(step)
+            sigma = draw_sigmas(len(batch.clean), batch.clean.shape[1])
+            loss = flow_loss(model, batch, sigma, torch.randn_like(batch.clean), spec.denoiser.time_features).mean()
+            model.zero_grad()
+            loss.backward()
+            nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+            optimizers.step(step)
+            average.update_parameters(model)
+            checkpoint.log(step, loss=loss.item(), tokens=batch.clean.shape[0] * batch.clean.shape[1])
+    torch.save(average.module.state_dict(), folder / "denoiser.pt")
+
+
+GAPS = {
+    "gap_left_right": ("left", "right"),
+    "gap_up_down": ("up", "down"),
+    "gap_grow_shrink": ("grows", "shrinks"),
+    "gap_shape": ("circle", "square"),
+    "gap_colour": ("red", "purple"),
+}
+
+
+@torch.no_grad()
+def word_gap(model: Model, batches: Batches, word: str, other: str) -> float:
+    """How much the loss rises at high noise when one word of the caption is swapped: near 0 means not learnt."""
+    entry = batches.pool[1]  # 48x48x17
+    named = {"up": "rises up", "down": "falls down", "left": "moves left", "right": "moves right"}
+    chosen = [
+        i for i, s in enumerate(entry["scenes"])
+        if word in (TRAINED[s].motion, TRAINED[s].shape, TRAINED[s].colour)
+    ][:32]
+    latents = (entry["latents"][chosen].float() - batches.mean) / batches.std
+    grid = (latents.shape[2], latents.shape[3] // 2, latents.shape[4] // 2)
+    rope = rope3d(grid, batches.spec.denoiser.head_size, theta=batches.spec.denoiser.theta)
+    losses = []
+    for swap in (False, True):
+        captions = []
+        for i in chosen:
+            scene = TRAINED[entry["scenes"][i]]
+            text = f"a {scene.colour} {scene.shape} {named.get(scene.motion, scene.motion)} on a {scene.background} background"
+            captions.append(text.replace(named.get(word, word), named.get(other, other)) if swap else text)
+        ids, mask = batches.tokenizer(captions)
+        batch = Batch(
+            pack(latents, batches.spec.denoiser.patch),
+            torch.zeros(len(chosen), math.prod(grid)),
+            torch.from_numpy(ids),
+            torch.from_numpy(mask),
+            torch.from_numpy(coordinate_columns(grid)),
+            (torch.from_numpy(rope[0]), torch.from_numpy(rope[1])),
+        )
+        torch.manual_seed(3)
+        noise = torch.randn_like(batch.clean)
+        sigma = torch.full((len(chosen),), 0.9)
+        losses.append(flow_loss(model, batch, sigma, noise, batches.spec.denoiser.time_features).mean().item())
+    return losses[1] - losses[0]

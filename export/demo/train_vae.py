@@ -1,0 +1,119 @@
+"""Trains the embedded model's VAE on rendered clips; then measures the latents' mean and spread.
+
+Flows in: the world and a folder for checkpoints. Flows out: `vae.pt` there (weights averaged over training) with
+`latent_mean` and `latent_std`. Resumes where it stopped; every step draws from a seed of its own, so an interrupted
+run and a whole one see the same data.
+"""
+
+from __future__ import annotations
+
+import itertools
+import math
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from tubelet.runtime.spec import VaeSpec
+
+from ..vae import ResidualBlock, Vae, whole
+from .training import Checkpoint, Optimizers, unit_gain_
+from .world import HELD_OUT, SCENES, TRAINED, Scene, render
+
+STEPS = 3800
+BATCH = 2
+SIZES = ((48, 48), (64, 48), (48, 64), (64, 64), (80, 48), (48, 80), (96, 64), (64, 96))  # width, height
+SIZE_ODDS = np.array([8, 3, 3, 2, 1, 1, 0.5, 0.5]) / 19
+LENGTHS, LENGTH_ODDS = (1, 5, 9, 17), (0.1, 0.4, 0.4, 0.1)
+MUON_RATE, ADAMW_RATE = 8e-3, 1e-3
+KL_WEIGHT = 5e-4
+
+
+def to_pixels(clips: np.ndarray) -> Tensor:
+    """uint8 [B,T,H,W,3] -> float [B,3,T,H,W] in [-1,1]."""
+    return torch.from_numpy(clips).permute(0, 4, 1, 2, 3).float() / 127.5 - 1
+
+
+def train_batch(step: int) -> Tensor:
+    """The clips of one step: slow and fast motion, cut to one size and length."""
+    rng = np.random.default_rng((11, step))
+    width, height = SIZES[rng.choice(len(SIZES), p=SIZE_ODDS)]
+    frames = int(rng.choice(LENGTHS, p=LENGTH_ODDS))
+    clips = []
+    for _ in range(BATCH):
+        scene = TRAINED[rng.integers(len(TRAINED))]
+        clip = render(scene, width, height, max(frames, int(rng.choice((9, 17, 33, 49)))), rng)
+        start = rng.integers(len(clip) - frames + 1)
+        clips.append(clip[start : start + frames])
+    return to_pixels(np.stack(clips))
+
+
+def psnr(a: np.ndarray, b: np.ndarray) -> float:
+    """Peak signal to noise of two uint8 clips in dB."""
+    return 10 * math.log10(255.0**2 / np.mean((a.astype(np.float64) - b) ** 2))
+
+
+@torch.no_grad()
+def reconstruct(vae: Vae, clip: np.ndarray) -> np.ndarray:
+    """uint8 [T,H,W,3] -> the same through both halves of the VAE."""
+    mean = whole(vae.encoder, to_pixels(clip[None])).chunk(2, dim=1)[0]
+    pixels = whole(vae.decoder, mean)[0].permute(1, 2, 3, 0)
+    return ((pixels.clamp(-1, 1) + 1) * 127.5).round().byte().numpy()
+
+
+def held_out_clips(count: int, seed: int = 5) -> list[tuple[Scene, np.ndarray]]:
+    """Clips of scenes that no training sees, over all sizes."""
+    rng = np.random.default_rng(seed)
+    sizes = itertools.cycle(SIZES)
+    scenes = itertools.islice(itertools.cycle(HELD_OUT), count)
+    return [(scene, render(scene, *next(sizes), 33, rng)) for scene in scenes]
+
+
+def train(spec: VaeSpec, folder: Path) -> None:
+    torch.manual_seed(1)
+    vae = Vae(spec)
+    unit_gain_(vae)
+    average = torch.optim.swa_utils.AveragedModel(vae, multi_avg_fn=torch.optim.swa_utils.get_ema_multi_avg_fn(0.995))
+    with torch.no_grad():  # blocks start as identities and the posterior narrow, so that places get through early
+        for module in vae.modules():
+            if isinstance(module, ResidualBlock):
+                module.conv2.weight.zero_()
+        vae.encoder.conv_out.weight[spec.latent_channels :] *= 0.1
+        vae.encoder.conv_out.bias[spec.latent_channels :] = -5.0
+    optimizers = Optimizers(vae, STEPS, MUON_RATE, ADAMW_RATE, flat=0.4)
+    state = {"vae": vae, "average": average, "optimizers": optimizers}
+    checkpoint = Checkpoint(folder / "vae_training.pt", state, every=400)
+    for step in checkpoint.steps(STEPS, {"held_out_psnr": lambda: _held_out_psnr(average.module)}):
+        torch.manual_seed(step)
+        pixels = train_batch(step).contiguous(memory_format=torch.channels_last_3d)
+        mean, log_variance = whole(vae.encoder, pixels).chunk(2, dim=1)
+        log_variance = log_variance.clamp(-20, 4)
+        latents = mean + torch.randn_like(mean) * (0.5 * log_variance).exp()
+        error = whole(vae.decoder, latents) - pixels
+        kl = 0.5 * (mean**2 + log_variance.exp() - 1 - log_variance).mean()
+        loss = error.abs().mean() + error.square().mean() + KL_WEIGHT * kl
+        vae.zero_grad()
+        loss.backward()
+        nn.utils.clip_grad_norm_(vae.parameters(), 1.0)
+        optimizers.step(step)
+        average.update_parameters(vae)
+        checkpoint.log(step, loss=loss.item(), kl=kl.item(), mse=error.square().mean().item())
+    mean, std = _latent_statistics(average.module)
+    torch.save({"weights": average.module.state_dict(), "latent_mean": mean, "latent_std": std}, folder / "vae.pt")
+
+
+def _held_out_psnr(vae: Vae) -> float:
+    return float(np.mean([psnr(clip, reconstruct(vae, clip)) for _, clip in held_out_clips(16)]))
+
+
+@torch.no_grad()
+def _latent_statistics(vae: Vae) -> tuple[list[float], list[float]]:
+    """Mean and standard deviation of each latent channel over 200 clips."""
+    rng = np.random.default_rng(17)
+    values = []
+    for _ in range(200):
+        clip = render(SCENES[rng.integers(len(SCENES))], 64, 64, 17, rng)
+        values.append(whole(vae.encoder, to_pixels(clip[None])).chunk(2, dim=1)[0].transpose(0, 1).flatten(1))
+    latents = torch.cat(values, dim=1)
+    return latents.mean(dim=1).tolist(), latents.std(dim=1).tolist()

@@ -1,0 +1,156 @@
+"""Reference diffusion transformer over spacetime tokens, in the architecture family of Wan 2.x.
+
+Flows in: noisy tokens, features of the noise level, rotary tables and the text's keys and values. Flows out: the
+velocity (noise - clean) of every token. Knows nothing of frames, rows and columns: those live in the rotary tables
+and in the tokens' conditioning columns. The text side that does not change from step to step is the Conditioner.
+"""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from tubelet.runtime.spec import DenoiserSpec
+
+EPSILON = 1e-6
+
+
+def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    """Rotates interleaved pairs of [B,heads,N,D] by tables [N,D/2] (RoFormer, eq. 34)."""
+    even, odd = x.unflatten(-1, (-1, 2)).unbind(-1)
+    return torch.stack([even * cos - odd * sin, even * sin + odd * cos], dim=-1).flatten(-2)
+
+
+def split_heads(x: Tensor, heads: int) -> Tensor:
+    """[B,N,heads*D] -> [B,heads,N,D]."""
+    return x.unflatten(-1, (heads, -1)).transpose(1, 2)
+
+
+def attend(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    """Attention over [B,heads,*,D], heads joined again: [B,N,heads*D]."""
+    return F.scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(2)
+
+
+class SelfAttention(nn.Module):
+    def __init__(self, spec: DenoiserSpec):
+        super().__init__()
+        self.heads = spec.heads
+        self.q = nn.Linear(spec.width, spec.width)
+        self.k = nn.Linear(spec.width, spec.width)
+        self.v = nn.Linear(spec.width, spec.width)
+        self.o = nn.Linear(spec.width, spec.width)
+        self.norm_q = nn.RMSNorm(spec.width, eps=EPSILON)
+        self.norm_k = nn.RMSNorm(spec.width, eps=EPSILON)
+
+    def forward(self, x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+        q = rotate(split_heads(self.norm_q(self.q(x)), self.heads), cos, sin)
+        k = rotate(split_heads(self.norm_k(self.k(x)), self.heads), cos, sin)
+        return self.o(attend(q, k, split_heads(self.v(x), self.heads)))
+
+
+class CrossAttention(nn.Module):
+    """The query side; keys and values come from the Conditioner."""
+
+    def __init__(self, spec: DenoiserSpec):
+        super().__init__()
+        self.heads = spec.heads
+        self.q = nn.Linear(spec.width, spec.width)
+        self.o = nn.Linear(spec.width, spec.width)
+        self.norm_q = nn.RMSNorm(spec.width, eps=EPSILON)
+
+    def forward(self, x: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        return self.o(attend(split_heads(self.norm_q(self.q(x)), self.heads), k, v))
+
+
+class Levels:
+    """Chooses for each token between the modulation of unknown tokens (level 0) and of known ones (level 1)."""
+
+    def __init__(self, known: Tensor | None):
+        self.known = None if known is None else known[..., None]  # [B,N,1]
+
+    def select(self, modulation: Tensor) -> Tensor:
+        """[B,2,width] -> [B,N,width], or [B,1,width] for a model with one level."""
+        unknown = modulation[:, :1]
+        return unknown if self.known is None else unknown + self.known * (modulation[:, 1:] - unknown)
+
+
+class Block(nn.Module):
+    def __init__(self, spec: DenoiserSpec):
+        super().__init__()
+        self.norm1 = nn.LayerNorm(spec.width, eps=EPSILON, elementwise_affine=False)
+        self.self_attention = SelfAttention(spec)
+        self.norm2 = nn.LayerNorm(spec.width, eps=EPSILON)
+        self.cross_attention = CrossAttention(spec)
+        self.norm3 = nn.LayerNorm(spec.width, eps=EPSILON, elementwise_affine=False)
+        self.ffn = nn.Sequential(
+            nn.Linear(spec.width, spec.ffn_width), nn.GELU(approximate="tanh"), nn.Linear(spec.ffn_width, spec.width)
+        )
+        self.offset = nn.Parameter(torch.randn(6, spec.width) / spec.width**0.5)
+
+    def forward(
+        self, x: Tensor, modulation: Tensor, levels: Levels, cos: Tensor, sin: Tensor, k: Tensor, v: Tensor
+    ) -> Tensor:
+        """x [B,N,width], modulation [B,2,6,width], tables [N,D/2], k and v [B,heads,L,D]."""
+        parts = (modulation + self.offset).unbind(2)
+        shift1, scale1, gate1, shift2, scale2, gate2 = (levels.select(part) for part in parts)
+        x = x + gate1 * self.self_attention(self.norm1(x) * (1 + scale1) + shift1, cos, sin)
+        x = x + self.cross_attention(self.norm2(x), k, v)
+        return x + gate2 * self.ffn(self.norm3(x) * (1 + scale2) + shift2)
+
+
+class Denoiser(nn.Module):
+    def __init__(self, spec: DenoiserSpec):
+        super().__init__()
+        width = spec.width
+        self.embed = nn.Linear(spec.token_inputs, width)
+        self.time_embedding = nn.Sequential(nn.Linear(spec.time_features, width), nn.SiLU(), nn.Linear(width, width))
+        self.time_projection = nn.Sequential(nn.SiLU(), nn.Linear(width, 6 * width))
+        self.pooled_text = nn.Linear(width, width) if spec.pooled_text else None
+        self.blocks = nn.ModuleList(Block(spec) for _ in range(spec.depth))
+        self.norm_out = nn.LayerNorm(width, eps=EPSILON, elementwise_affine=False)
+        self.offset_out = nn.Parameter(torch.randn(2, width) / width**0.5)
+        self.project_out = nn.Linear(width, spec.token_values)
+
+    def forward(
+        self,
+        tokens: Tensor,
+        time_features: Tensor,
+        rope_cos: Tensor,
+        rope_sin: Tensor,
+        cross_k: Tensor,
+        cross_v: Tensor,
+        known: Tensor | None = None,
+    ) -> Tensor:
+        """tokens [B,N,Pin], time_features [B,2,F], tables [N,D/2], cross_k and cross_v [blocks,B,heads,L,D],
+        known [B,N] of 0 and 1 -> velocity [B,N,Pout]."""
+        levels = Levels(known)
+        time = self.time_embedding(time_features)  # [B,2,width]
+        if self.pooled_text is not None:
+            time = time + self.pooled_text(cross_v[0].mean(dim=2).flatten(1))[:, None]
+        modulation = self.time_projection(time).unflatten(-1, (6, -1))  # [B,2,6,width]
+        x = self.embed(tokens)
+        for i, block in enumerate(self.blocks):
+            x = block(x, modulation, levels, rope_cos, rope_sin, cross_k[i], cross_v[i])
+        shift, scale = (levels.select(part) for part in (time[:, :, None] + self.offset_out).unbind(2))
+        return self.project_out(self.norm_out(x) * (1 + scale) + shift)
+
+
+class Conditioner(nn.Module):
+    """Text embeddings -> every block's cross-attention keys and values, once a request."""
+
+    def __init__(self, spec: DenoiserSpec):
+        super().__init__()
+        width = spec.width
+        self.heads = spec.heads
+        self.embed = nn.Sequential(nn.Linear(spec.text_width, width), nn.GELU(approximate="tanh"), nn.Linear(width, width))
+        self.k = nn.ModuleList(nn.Linear(width, width) for _ in range(spec.depth))
+        self.v = nn.ModuleList(nn.Linear(width, width) for _ in range(spec.depth))
+        self.norm_k = nn.ModuleList(nn.RMSNorm(width, eps=EPSILON) for _ in range(spec.depth))
+
+    def forward(self, embeddings: Tensor) -> tuple[Tensor, Tensor]:
+        """[B,L,text_width] -> cross_k, cross_v [blocks,B,heads,L,D]."""
+        x = self.embed(embeddings)
+        k = [split_heads(norm(k(x)), self.heads) for k, norm in zip(self.k, self.norm_k, strict=True)]
+        v = [split_heads(v(x), self.heads) for v in self.v]
+        return torch.stack(k), torch.stack(v)

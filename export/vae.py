@@ -1,0 +1,231 @@
+"""Reference VAE: causal 3D convolutions whose history is explicit, in the architecture family of Wan's.
+
+Flows in: pixels [B,3,T,H,W] in [-1,1] or normalised latents [B,C,T',H',W'], and the caches of the chunk before. Flows
+out: the other one and the caches for the chunk after. A clip's first frame is one latent frame; every later latent
+frame is `temporal_factor` frames. So each half has two forms that share weights: the *first* (one frame, no history)
+and the *next* (whole groups of frames, history from caches). There is no loop over frames, and decoding in chunks is
+the same arithmetic as decoding whole.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from tubelet.runtime.spec import VaeSpec
+
+
+class History:
+    """Threads the causal caches through one pass, in the order in which the layers run.
+
+    `first` is a pass without a past; its caches are zeros, which is causal padding.
+    """
+
+    def __init__(self, past: Sequence[Tensor] | None):
+        self.first = past is None
+        self._past: Iterator[Tensor] = iter(past or ())
+        self.next: list[Tensor] = []
+
+    def extend(self, x: Tensor, frames: int) -> Tensor:
+        """Prepends the last `frames` frames of the past to `x` and remembers the last ones of the result."""
+        b, c, _, h, w = x.shape
+        past = x.new_zeros(b, c, frames, h, w) if self.first else next(self._past)
+        x = torch.cat([past, x], dim=2)
+        self.next.append(x[:, :, -frames:])
+        return x
+
+
+class CausalConv3d(nn.Conv3d):
+    """3D convolution that sees the present and the past; time is padded by History."""
+
+    def __init__(self, channels_in: int, channels_out: int, kernel: int):
+        super().__init__(channels_in, channels_out, kernel, padding=(0, kernel // 2, kernel // 2))
+
+    def forward(self, x: Tensor, history: History) -> Tensor:
+        return super().forward(history.extend(x, self.kernel_size[0] - 1))
+
+
+class ChannelNorm(nn.Module):
+    """RMS-norm over channels."""
+
+    def __init__(self, channels: int):
+        super().__init__()
+        self.gamma = nn.Parameter(torch.ones(channels, 1, 1, 1))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x * torch.rsqrt(x.square().mean(dim=1, keepdim=True) + 1e-12) * self.gamma
+
+
+class ResidualBlock(nn.Module):
+    def __init__(self, channels_in: int, channels_out: int):
+        super().__init__()
+        self.norm1 = ChannelNorm(channels_in)
+        self.conv1 = CausalConv3d(channels_in, channels_out, 3)
+        self.norm2 = ChannelNorm(channels_out)
+        self.conv2 = CausalConv3d(channels_out, channels_out, 3)
+        self.shortcut = nn.Identity() if channels_in == channels_out else nn.Conv3d(channels_in, channels_out, 1)
+
+    def forward(self, x: Tensor, history: History) -> Tensor:
+        y = self.conv1(F.silu(self.norm1(x)), history)
+        y = self.conv2(F.silu(self.norm2(y)), history)
+        return self.shortcut(x) + y
+
+
+class Downsample(nn.Module):
+    """Halves rows and columns, and time where asked: a strided convolution beside an averaging shortcut."""
+
+    def __init__(self, channels_in: int, channels_out: int, temporal: bool):
+        super().__init__()
+        self.spatial = nn.Conv3d(channels_in, channels_out, (1, 3, 3), stride=(1, 2, 2))
+        self.time = nn.Conv3d(channels_out, channels_out, (3, 1, 1), stride=(2, 1, 1)) if temporal else None
+        self.channels_out = channels_out
+
+    def forward(self, x: Tensor, history: History) -> Tensor:
+        y = self.spatial(F.pad(x, (0, 1, 0, 1)))
+        if self.time is not None:
+            past = history.extend(y, 1)
+            y = y if history.first else self.time(past)
+        frames = 2 if self.time is not None and not history.first else 1
+        return y + _average(x, frames, self.channels_out)
+
+
+class Upsample(nn.Module):
+    """Doubles rows and columns, and time where asked: a convolution beside a duplicating shortcut."""
+
+    def __init__(self, channels_in: int, channels_out: int, temporal: bool):
+        super().__init__()
+        self.time = nn.Conv3d(channels_in, 2 * channels_in, (3, 1, 1)) if temporal else None
+        self.spatial = nn.Conv3d(channels_in, channels_out, (1, 3, 3), padding=(0, 1, 1))
+        self.channels_out = channels_out
+
+    def forward(self, x: Tensor, history: History) -> Tensor:
+        b, c, t, h, w = x.shape
+        y = x
+        if self.time is not None:
+            # the first frame leaves no past behind: frame 0 passes, frame 1 starts from zeros
+            past = history.extend(torch.zeros_like(x) if history.first else x, 2)
+            if not history.first:
+                # [B,2C,T,H,W] -> [B,C,2T,H,W], the pair interleaved in time
+                y = self.time(past).reshape(b, 2, c, t, h, w).permute(0, 2, 3, 1, 4, 5).reshape(b, c, 2 * t, h, w)
+        y = self.spatial(F.interpolate(y, scale_factor=(1.0, 2.0, 2.0), mode="nearest"))
+        frames = 2 if self.time is not None and not history.first else 1
+        return y + _duplicate(x, frames, self.channels_out)
+
+
+def _average(x: Tensor, frames: int, channels_out: int) -> Tensor:
+    """[B,C,T,H,W] -> [B,channels_out,T/frames,H/2,W/2] by averaging groups of the values folded into channels."""
+    b, c, t, h, w = x.shape
+    x = x.reshape(b, c, t // frames, frames, h // 2, 2, w // 2, 2).permute(0, 1, 3, 5, 7, 2, 4, 6)
+    return x.reshape(b, channels_out, (c * frames * 4) // channels_out, t // frames, h // 2, w // 2).mean(dim=2)
+
+
+def _duplicate(x: Tensor, frames: int, channels_out: int) -> Tensor:
+    """[B,C,T,H,W] -> [B,channels_out,T*frames,2H,2W] by repeating channels, then unfolding them into space and time."""
+    b, c, t, h, w = x.shape
+    x = x.repeat_interleave((channels_out * frames * 4) // c, dim=1)
+    x = x.reshape(b, channels_out, frames, 2, 2, t, h, w).permute(0, 1, 5, 2, 6, 3, 7, 4)
+    return x.reshape(b, channels_out, t * frames, 2 * h, 2 * w)
+
+
+class Encoder(nn.Module):
+    """Pixels [B,3,T,H,W] -> mean and log-variance [B,2C,T',H/s,W/s], not yet normalised."""
+
+    def __init__(self, spec: VaeSpec):
+        super().__init__()
+        self.patch = spec.pixel_patch
+        widths = spec.widths
+        self.conv_in = CausalConv3d(3 * spec.pixel_patch**2, widths[0], 3)
+        self.stages = nn.ModuleList(
+            nn.ModuleList(ResidualBlock(width, width) for _ in range(spec.encoder_blocks)) for width in widths
+        )
+        self.downs = nn.ModuleList(
+            Downsample(a, b, temporal) for a, b, temporal in zip(widths, widths[1:], spec.temporal, strict=False)
+        )
+        self.norm_out = ChannelNorm(widths[-1])
+        self.conv_out = CausalConv3d(widths[-1], 2 * spec.latent_channels, 3)
+
+    def forward(self, pixels: Tensor, history: History) -> Tensor:
+        b, c, t, h, w = pixels.shape
+        p = self.patch
+        x = pixels.reshape(b, c, t, h // p, p, w // p, p).permute(0, 1, 4, 6, 2, 3, 5)
+        x = self.conv_in(x.reshape(b, c * p * p, t, h // p, w // p), history)
+        for level, stage in enumerate(self.stages):
+            for block in stage:
+                x = block(x, history)
+            if level < len(self.downs):
+                x = self.downs[level](x, history)
+        return self.conv_out(F.silu(self.norm_out(x)), history)
+
+
+class Decoder(nn.Module):
+    """Latents [B,C,T',H',W'], not normalised -> pixels [B,3,T,H,W] in about [-1,1]."""
+
+    def __init__(self, spec: VaeSpec):
+        super().__init__()
+        self.patch = spec.pixel_patch
+        widths = spec.widths[::-1]
+        self.conv_in = CausalConv3d(spec.latent_channels, widths[0], 3)
+        self.stages = nn.ModuleList(
+            nn.ModuleList(ResidualBlock(width, width) for _ in range(spec.decoder_blocks)) for width in widths
+        )
+        self.ups = nn.ModuleList(
+            Upsample(a, b, temporal) for a, b, temporal in zip(widths, widths[1:], spec.temporal[::-1], strict=False)
+        )
+        self.norm_out = ChannelNorm(widths[-1])
+        self.conv_out = CausalConv3d(widths[-1], 3 * spec.pixel_patch**2, 3)
+
+    def forward(self, latents: Tensor, history: History) -> Tensor:
+        x = self.conv_in(latents, history)
+        for level, stage in enumerate(self.stages):
+            for block in stage:
+                x = block(x, history)
+            if level < len(self.ups):
+                x = self.ups[level](x, history)
+        x = self.conv_out(F.silu(self.norm_out(x)), history)
+        p = self.patch
+        b, _, t, h, w = x.shape
+        return x.reshape(b, 3, p, p, t, h, w).permute(0, 1, 4, 5, 2, 6, 3).reshape(b, 3, t, h * p, w * p)
+
+
+class Vae(nn.Module):
+    """Both halves, and the normalisation of latents that the denoiser sees: (mean - latent_mean) / latent_std."""
+
+    def __init__(self, spec: VaeSpec):
+        super().__init__()
+        self.spec = spec
+        self.encoder = Encoder(spec)
+        self.decoder = Decoder(spec)
+
+    def encode(self, pixels: Tensor, caches: Sequence[Tensor] | None = None) -> tuple[Tensor, list[Tensor]]:
+        """One chunk: pixels -> normalised latents and the caches for the chunk after.
+
+        Without caches the chunk is a clip's first frame, else `temporal_factor` frames or a multiple.
+        """
+        history = History(caches)
+        mean = self.encoder(pixels, history).chunk(2, dim=1)[0]
+        shift, scale = self._normalisation(mean)
+        return (mean - shift) / scale, history.next
+
+    def decode(self, latents: Tensor, caches: Sequence[Tensor] | None = None) -> tuple[Tensor, list[Tensor]]:
+        """One chunk: normalised latents -> pixels and the caches for the chunk after; without caches the first frame."""
+        history = History(caches)
+        shift, scale = self._normalisation(latents)
+        return self.decoder(latents * scale + shift, history), history.next
+
+    def _normalisation(self, like: Tensor) -> tuple[Tensor, Tensor]:
+        shape = (1, self.spec.latent_channels, 1, 1, 1)
+        shift = torch.tensor(self.spec.latent_mean, dtype=like.dtype, device=like.device).reshape(shape)
+        scale = torch.tensor(self.spec.latent_std, dtype=like.dtype, device=like.device).reshape(shape)
+        return shift, scale
+
+
+def whole(half: nn.Module, x: Tensor) -> Tensor:
+    """Runs an Encoder or Decoder over a whole clip: the first frame, then all others at once."""
+    history = History(None)
+    first = half(x[:, :, :1], history)
+    if x.shape[2] == 1:
+        return first
+    return torch.cat([first, half(x[:, :, 1:], History(history.next))], dim=2)

@@ -1,0 +1,100 @@
+"""Pixels <-> latents <-> token grid <-> N: which shapes are legal, and the nearest legal one.
+
+Flows in: a ModelSpec and a requested size in pixels and frames. Flows out: a validated Geometry. Pure functions.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+
+from .errors import UserError
+from .spec import COORDINATE_COLUMNS, ModelSpec
+
+
+@dataclass(frozen=True)
+class Geometry:
+    """One clip's shape in each of the three spaces; triples are (time, rows, columns)."""
+
+    width: int
+    height: int
+    frames: int
+    latent: tuple[int, int, int]
+    grid: tuple[int, int, int]
+
+    @property
+    def tokens(self) -> int:
+        """N: spacetime tokens of the clip."""
+        t, h, w = self.grid
+        return t * h * w
+
+
+def size_step(spec: ModelSpec) -> tuple[int, int]:
+    """Width and height in pixels must be multiples of these (width, height)."""
+    _, ph, pw = spec.denoiser.patch
+    return spec.vae.spatial_factor * pw, spec.vae.spatial_factor * ph
+
+
+def frames_step(spec: ModelSpec) -> int:
+    """A legal count of frames is 1 + this * k."""
+    return spec.vae.temporal_factor * spec.denoiser.patch[0]
+
+
+def frames_for(spec: ModelSpec, seconds: float, fps: float) -> int:
+    """The legal count of frames nearest to a duration."""
+    return _nearest_frames(spec, seconds * fps)
+
+
+def plan(spec: ModelSpec, width: int, height: int, frames: int) -> Geometry:
+    """Checks a clip's size and maps it to latents and tokens.
+
+    Raises UserError with the nearest legal value when a side is not a multiple of `size_step`, the frames are not
+    1 + `frames_step` * k, or the tokens exceed the model's `max_tokens`.
+    """
+    for name, value, step in zip(("width", "height"), (width, height), size_step(spec), strict=True):
+        if value < step or value % step:
+            nearest = max(step, (value + step // 2) // step * step)
+            raise UserError(f"{name} {value} is not a positive multiple of {step}; the nearest legal {name} is {nearest}")
+    if frames < 1 or (frames - 1) % frames_step(spec):
+        raise UserError(
+            f"frames {frames} is not 1 + {frames_step(spec)}*k; the nearest legal count is {_nearest_frames(spec, frames)}"
+        )
+    pt, ph, pw = spec.denoiser.patch
+    s = spec.vae.spatial_factor
+    latent = (1 + (frames - 1) // spec.vae.temporal_factor, height // s, width // s)
+    grid = (-(-latent[0] // pt), latent[1] // ph, latent[2] // pw)
+    geometry = Geometry(width, height, frames, latent, grid)
+    if geometry.tokens > spec.max_tokens:
+        most = 1 + max(0, spec.max_tokens // (grid[1] * grid[2]) - 1) * frames_step(spec)
+        advice = (
+            f"at {width}x{height} use at most {most} frames"
+            if grid[1] * grid[2] <= spec.max_tokens
+            else "use a smaller size"
+        )
+        raise UserError(
+            f"{width}x{height} with {frames} frames is {geometry.tokens} tokens, over the model's {spec.max_tokens}; {advice}"
+        )
+    return geometry
+
+
+def _nearest_frames(spec: ModelSpec, frames: float) -> int:
+    step = frames_step(spec)
+    return 1 + step * max(0, round((frames - 1) / step))
+
+
+def coordinate_columns(grid: tuple[int, int, int]) -> np.ndarray:
+    """Where each token is, as conditioning columns, float32 [N, 17].
+
+    With u in (-1,1) the place inside the clip along an axis, i the index and n the count: for each of t, h, w
+    (u, sin(pi u), cos(pi u), i/16, n/16), then the products u_t u_h and u_t u_w, whose correlation with the picture is
+    what "moves down" and "moves right" mean.
+    """
+    axes = np.meshgrid(*(np.arange(n, dtype=np.float64) for n in grid), indexing="ij")
+    places = [2 * (i + 0.5) / n - 1 for i, n in zip(axes, grid, strict=True)]
+    columns = []
+    for i, u, n in zip(axes, places, grid, strict=True):
+        columns += [u, np.sin(np.pi * u), np.cos(np.pi * u), i / 16, np.full_like(u, n / 16)]
+    columns += [places[0] * places[1], places[0] * places[2]]
+    assert len(columns) == COORDINATE_COLUMNS
+    return np.stack([c.ravel() for c in columns], axis=1).astype(np.float32)

@@ -1,0 +1,184 @@
+"""What a model is, as frozen data: every size that the reference models, the exporter and the runtime need.
+
+Flows in: keyword arguments or the `spec` object of a bundle's manifest. Flows out: validated dataclasses.
+Knows nothing of files, tensors or engines.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import typing
+from dataclasses import dataclass
+from typing import Any
+
+from .errors import UserError
+
+
+def _require(condition: bool, message: str) -> None:
+    if not condition:
+        raise UserError(message)
+
+
+@dataclass(frozen=True)
+class TextEncoderSpec:
+    """T5-style encoder as in UMT5: one relative position bias per layer, gated GELU, RMS-norm."""
+
+    vocabulary: int
+    width: int
+    depth: int
+    heads: int
+    head_size: int
+    ffn_width: int
+    buckets: int
+    max_distance: int
+    length: int  # tokens after padding; the cross-attention always sees this many
+
+    def __post_init__(self) -> None:
+        _require(self.buckets % 4 == 0, f"text_encoder.buckets must be a multiple of 4, is {self.buckets}")
+
+
+@dataclass(frozen=True)
+class DenoiserSpec:
+    """Diffusion transformer over spacetime tokens, in the architecture family of Wan 2.x."""
+
+    latent_channels: int
+    patch: tuple[int, int, int]  # latent frames, rows, columns in a token
+    width: int
+    depth: int
+    heads: int
+    ffn_width: int
+    text_width: int
+    time_features: int  # F: sinusoidal features of the noise level
+    theta: float  # base of the rotary frequencies
+    coordinates: bool  # tokens carry coordinate columns after the latent values
+    pooled_text: bool  # mean text value joins the time embedding
+    two_levels: bool  # trained with clean known tokens beside noisy ones: the graph has a `known` input
+
+    def __post_init__(self) -> None:
+        _require(
+            self.width % (2 * self.heads) == 0,
+            f"denoiser.width {self.width} must be a multiple of twice denoiser.heads {self.heads}",
+        )
+        _require(self.time_features % 2 == 0, f"denoiser.time_features must be even, is {self.time_features}")
+
+    @property
+    def head_size(self) -> int:
+        return self.width // self.heads
+
+    @property
+    def token_values(self) -> int:
+        """P_out: latent values in one token."""
+        pt, ph, pw = self.patch
+        return self.latent_channels * pt * ph * pw
+
+    @property
+    def token_inputs(self) -> int:
+        """P_in: latent values and conditioning columns in one token."""
+        return self.token_values + (COORDINATE_COLUMNS if self.coordinates else 0)
+
+
+COORDINATE_COLUMNS = 17  # see geometry.coordinate_columns
+
+
+@dataclass(frozen=True)
+class VaeSpec:
+    """Causal 3D-convolution VAE: 1 + temporal_factor * k frames are 1 + k latent frames."""
+
+    latent_channels: int
+    pixel_patch: int  # pixels are folded into channels by this factor before the first convolution
+    widths: tuple[int, ...]  # channels of each resolution, finest first
+    temporal: tuple[bool, ...]  # whether each downsampling between two resolutions also halves time
+    encoder_blocks: int  # residual blocks per resolution
+    decoder_blocks: int
+    latent_mean: tuple[float, ...]
+    latent_std: tuple[float, ...]
+
+    def __post_init__(self) -> None:
+        _require(
+            len(self.temporal) == len(self.widths) - 1,
+            f"vae.temporal needs {len(self.widths) - 1} entries for {len(self.widths)} widths, has {len(self.temporal)}",
+        )
+        for name in ("latent_mean", "latent_std"):
+            count = len(getattr(self, name))
+            _require(
+                count == self.latent_channels,
+                f"vae.{name} needs {self.latent_channels} entries, one a latent channel, has {count}",
+            )
+
+    @property
+    def spatial_factor(self) -> int:
+        return self.pixel_patch * 2 ** len(self.temporal)
+
+    @property
+    def temporal_factor(self) -> int:
+        return 2 ** sum(self.temporal)
+
+
+@dataclass(frozen=True)
+class Defaults:
+    """What a request means where it is silent."""
+
+    width: int
+    height: int
+    frames: int
+    steps: int
+    guidance: float
+    sampler: str
+    shift: float
+    negative_prompt: str
+
+
+@dataclass(frozen=True)
+class ModelSpec:
+    """A whole text-to-video model."""
+
+    name: str
+    fps: int
+    max_tokens: int  # largest N the denoiser accepts
+    text_encoder: TextEncoderSpec
+    denoiser: DenoiserSpec
+    vae: VaeSpec
+    defaults: Defaults
+
+    def __post_init__(self) -> None:
+        _require(
+            self.denoiser.latent_channels == self.vae.latent_channels,
+            f"denoiser.latent_channels {self.denoiser.latent_channels} differs from "
+            f"vae.latent_channels {self.vae.latent_channels}",
+        )
+        _require(
+            self.denoiser.text_width == self.text_encoder.width,
+            f"denoiser.text_width {self.denoiser.text_width} differs from text_encoder.width {self.text_encoder.width}",
+        )
+
+    def to_json(self) -> dict[str, Any]:
+        return dataclasses.asdict(self)
+
+    @classmethod
+    def from_json(cls, value: Any) -> ModelSpec:
+        """Reads what `to_json` wrote. Raises UserError that names a missing, unknown or ill-typed field."""
+        spec = _read(cls, value, "spec")
+        assert isinstance(spec, ModelSpec)
+        return spec
+
+
+def _read(kind: Any, value: Any, where: str) -> Any:
+    """Strictly converts JSON to `kind`: a dataclass, a tuple or a scalar; `where` names the field in errors."""
+    if dataclasses.is_dataclass(kind):
+        _require(isinstance(value, dict), f"{where} must be an object, is {value!r}")
+        hints = typing.get_type_hints(kind)
+        names = [field.name for field in dataclasses.fields(kind)]
+        missing, unknown = sorted(set(names) - set(value)), sorted(set(value) - set(names))
+        _require(not missing and not unknown, f"{where} lacks {missing or 'nothing'} and has unknown {unknown or 'nothing'}")
+        return kind(**{name: _read(hints[name], value[name], f"{where}.{name}") for name in names})
+    if typing.get_origin(kind) is tuple:
+        items = typing.get_args(kind)
+        _require(isinstance(value, list | tuple), f"{where} must be a list, is {value!r}")
+        if items[-1] is Ellipsis:
+            items = (items[0],) * len(value)
+        _require(len(items) == len(value), f"{where} must have {len(items)} entries, has {len(value)}")
+        return tuple(_read(item, entry, f"{where}[{i}]") for i, (item, entry) in enumerate(zip(items, value, strict=True)))
+    if kind is float and isinstance(value, int) and not isinstance(value, bool):
+        value = float(value)
+    _require(type(value) is kind, f"{where} must be {kind.__name__}, is {value!r}")
+    return value

@@ -1,0 +1,49 @@
+"""Prompts to padded token ids.
+
+Flows in: strings and the bundle's tokenizer. Flows out: ids and mask, int64 [B,L]. Knows nothing of embeddings.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+from tokenizers import Tokenizer
+
+from .errors import UserError
+
+
+class PromptTokenizer:
+    """A `tokenizers` file with the model's fixed length."""
+
+    def __init__(self, tokenizer: Tokenizer, length: int):
+        self._tokenizer, self.length = tokenizer, length
+
+    @classmethod
+    def from_file(cls, path: Path, length: int) -> PromptTokenizer:
+        """Raises UserError when the file is not a tokenizer."""
+        try:
+            return cls(Tokenizer.from_str(path.read_text(encoding="utf-8")), length)
+        except Exception as error:  # the library raises bare Exception
+            raise UserError(f"{path} is not a readable tokenizer file ({error}); export the bundle again") from error
+
+    def __call__(self, prompts: list[str]) -> tuple[np.ndarray, np.ndarray]:
+        """Prompts -> ids and mask, int64 [B,L], padded with zeros.
+
+        Raises UserError when a prompt has more tokens than the model was trained for or is not valid text.
+        """
+        ids = np.zeros((len(prompts), self.length), np.int64)
+        mask = np.zeros_like(ids)
+        for row, prompt in enumerate(prompts):
+            try:
+                prompt.encode("utf-8")
+            except UnicodeEncodeError as error:
+                raise UserError(f"the prompt {prompt!r} is not valid UTF-8; pass UTF-8 text") from error
+            tokens = self._tokenizer.encode(prompt).ids
+            if len(tokens) > self.length:
+                raise UserError(
+                    f"the prompt has {len(tokens)} tokens, the model reads {self.length}; shorten it: {prompt[:60]!r}"
+                )
+            ids[row, : len(tokens)] = tokens
+            mask[row, : len(tokens)] = 1
+        return ids, mask
