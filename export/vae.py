@@ -193,11 +193,16 @@ class Decoder(nn.Module):
 class Vae(nn.Module):
     """Both halves, and the normalisation of latents that the denoiser sees: (mean - latent_mean) / latent_std."""
 
+    latent_mean: Tensor
+    latent_std: Tensor
+
     def __init__(self, spec: VaeSpec):
         super().__init__()
-        self.spec = spec
         self.encoder = Encoder(spec)
         self.decoder = Decoder(spec)
+        shape = (spec.latent_channels, 1, 1, 1)
+        self.register_buffer("latent_mean", torch.tensor(spec.latent_mean).reshape(shape))
+        self.register_buffer("latent_std", torch.tensor(spec.latent_std).reshape(shape))
 
     def encode(self, pixels: Tensor, caches: Sequence[Tensor] | None = None) -> tuple[Tensor, list[Tensor]]:
         """One chunk: pixels -> normalised latents and the caches for the chunk after.
@@ -206,20 +211,12 @@ class Vae(nn.Module):
         """
         history = History(caches)
         mean = self.encoder(pixels, history).chunk(2, dim=1)[0]
-        shift, scale = self._normalisation(mean)
-        return (mean - shift) / scale, history.next
+        return (mean - self.latent_mean) / self.latent_std, history.next
 
     def decode(self, latents: Tensor, caches: Sequence[Tensor] | None = None) -> tuple[Tensor, list[Tensor]]:
         """One chunk: normalised latents -> pixels and the caches for the chunk after; without caches the first frame."""
         history = History(caches)
-        shift, scale = self._normalisation(latents)
-        return self.decoder(latents * scale + shift, history), history.next
-
-    def _normalisation(self, like: Tensor) -> tuple[Tensor, Tensor]:
-        shape = (1, self.spec.latent_channels, 1, 1, 1)
-        shift = torch.tensor(self.spec.latent_mean, dtype=like.dtype, device=like.device).reshape(shape)
-        scale = torch.tensor(self.spec.latent_std, dtype=like.dtype, device=like.device).reshape(shape)
-        return shift, scale
+        return self.decoder(latents * self.latent_std + self.latent_mean, history), history.next
 
 
 def whole(half: nn.Module, x: Tensor) -> Tensor:

@@ -1,5 +1,12 @@
-"""The one error class a user can cause; the command line prints its message and exits with code 2."""
+"""What a caller may have to handle."""
 
 
 class UserError(ValueError):
-    """A request, file or argument is wrong; the message says what, its value and what to do."""
+    """A request, file or argument is wrong; the message says what, its value and what to do.
+
+    The command line prints it as one sentence and exits with code 2.
+    """
+
+
+class Cancelled(Exception):
+    """The caller's `cancel` answered true between two steps."""

@@ -38,7 +38,7 @@ def size_step(spec: ModelSpec) -> tuple[int, int]:
 
 def frames_step(spec: ModelSpec) -> int:
     """A legal count of frames is 1 + this * k."""
-    return spec.vae.temporal_factor * spec.denoiser.patch[0]
+    return spec.vae.temporal_factor
 
 
 def frames_for(spec: ModelSpec, seconds: float, fps: float) -> int:
@@ -60,10 +60,10 @@ def plan(spec: ModelSpec, width: int, height: int, frames: int) -> Geometry:
         raise UserError(
             f"frames {frames} is not 1 + {frames_step(spec)}*k; the nearest legal count is {_nearest_frames(spec, frames)}"
         )
-    pt, ph, pw = spec.denoiser.patch
+    _, ph, pw = spec.denoiser.patch
     s = spec.vae.spatial_factor
     latent = (1 + (frames - 1) // spec.vae.temporal_factor, height // s, width // s)
-    grid = (-(-latent[0] // pt), latent[1] // ph, latent[2] // pw)
+    grid = (latent[0], latent[1] // ph, latent[2] // pw)
     geometry = Geometry(width, height, frames, latent, grid)
     if geometry.tokens > spec.max_tokens:
         most = 1 + max(0, spec.max_tokens // (grid[1] * grid[2]) - 1) * frames_step(spec)

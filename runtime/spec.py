@@ -59,6 +59,7 @@ class DenoiserSpec:
             self.width % (2 * self.heads) == 0,
             f"denoiser.width {self.width} must be a multiple of twice denoiser.heads {self.heads}",
         )
+        _require(self.patch[0] == 1, f"denoiser.patch must hold one latent frame in a token, holds {self.patch[0]}")
         _require(self.time_features % 2 == 0, f"denoiser.time_features must be even, is {self.time_features}")
 
     @property

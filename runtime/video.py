@@ -178,11 +178,7 @@ class VideoWriter:
                 f"frames must be uint8 [T,{height},{width},3], are {frames.dtype} {list(frames.shape)}; "
                 f"open the writer with their size and convert them to uint8"
             )
-        if self.frames + len(frames) > self._codec.max_frames:
-            raise UserError(
-                f"{self.path.suffix} holds {self._codec.max_frames} frame, got {self.frames + len(frames)}; "
-                f"write {', '.join(suffix for suffix, codec in CODECS.items() if codec.max_frames > 1)} instead"
-            )
+        check_length(self.path, self.frames + len(frames))
         height, width = (-size % self._codec.multiple for size in self.shape[:2])
         for rgb in np.pad(frames, ((0, 0), (0, height), (0, width), (0, 0)), mode="edge"):
             frame = self._codec.convert(rgb)
@@ -241,6 +237,16 @@ def codec_for(path: Path) -> Codec:
     if codec is None:
         raise UserError(f"cannot write {path}: suffix {path.suffix!r} is not one of {', '.join(CODECS)}")
     return codec
+
+
+def check_length(path: Path, frames: int) -> None:
+    """Raises UserError when the path's format does not hold that many frames."""
+    codec = codec_for(path)
+    if frames > codec.max_frames:
+        raise UserError(
+            f"{path.suffix} holds {codec.max_frames} frame, the clip has {frames}; "
+            f"write {', '.join(suffix for suffix, codec in CODECS.items() if codec.max_frames > 1)} instead"
+        )
 
 
 def _prepare(path: Path, codec: Codec, width: int, height: int, fps: Fraction) -> tuple[OutputContainer, VideoStream]:

@@ -35,17 +35,17 @@ from .world import TRAINED, Scene, caption, render
 
 # width, height, frames that the motion is drawn for, clips in the pool
 POOL = (
-    *((w, h, f, n) for w, h in ((48, 48), (64, 48), (48, 64), (64, 64)) for f, n in ((9, 120), (17, 280), (33, 280))),
-    *((w, h, f, n) for w, h in ((80, 48), (48, 80), (80, 64), (64, 80)) for f, n in ((17, 120), (33, 120))),
-    *((w, h, f, n) for w, h in ((96, 48), (48, 96), (96, 64), (64, 96), (80, 80)) for f, n in ((17, 60), (33, 60))),
-    *((w, h, f, n) for w, h in ((96, 96), (96, 80), (80, 96)) for f, n in ((17, 50), (33, 40))),
-    *((w, h, 49, 60) for w, h in ((48, 48), (64, 48), (48, 64), (64, 64))),
+    *((w, h, f, n) for w, h in ((48, 48), (64, 48), (48, 64), (64, 64)) for f, n in ((9, 80), (17, 180), (33, 180))),
+    *((w, h, f, n) for w, h in ((80, 48), (48, 80), (80, 64), (64, 80)) for f, n in ((17, 80), (33, 80))),
+    *((w, h, f, n) for w, h in ((96, 48), (48, 96), (96, 64), (64, 96), (80, 80)) for f, n in ((17, 40), (33, 40))),
+    *((w, h, f, n) for w, h in ((96, 96), (96, 80), (80, 96)) for f, n in ((17, 30), (33, 30))),
+    *((w, h, 49, 50) for w, h in ((48, 48), (64, 48), (48, 64))),
 )
 # latent frames of a batch, by latent frames of the pool's clips; 11 (41 frames) is never trained
 CUTS = {3: (3, 3, 2), 5: (5, 5, 3), 9: (9, 9, 7, 5), 13: (13, 9, 7)}
 IMAGE_SHARE = 0.06
-STEPS = 9000
-TOKENS_PER_BATCH = 1536
+STEPS = 6500
+TOKENS_PER_BATCH = 2048
 LEARNING_RATE = 2.5e-3
 CAPTION_DROP = 0.1
 KNOWN_SHARE = 0.3
@@ -74,7 +74,7 @@ def encode_pool(spec: ModelSpec, folder: Path) -> None:
 
 def _vae(spec: ModelSpec, folder: Path) -> Vae:
     vae = Vae(spec.vae)
-    vae.load_state_dict(torch.load(folder / "vae.pt", weights_only=True)["weights"])
+    vae.load_state_dict(torch.load(folder / "vae.pt", weights_only=True))
     return vae.eval()
 
 

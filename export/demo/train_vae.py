@@ -28,6 +28,7 @@ SIZE_ODDS = np.array([8, 3, 3, 2, 1, 1, 0.5, 0.5]) / 19
 LENGTHS, LENGTH_ODDS = (1, 5, 9, 17), (0.1, 0.4, 0.4, 0.1)
 MUON_RATE, ADAMW_RATE = 8e-3, 1e-3
 KL_WEIGHT = 5e-4
+REFINE_STEPS, REFINE_NOISE = 4000, 0.04
 
 
 def to_pixels(clips: np.ndarray) -> Tensor:
@@ -99,8 +100,40 @@ def train(spec: VaeSpec, folder: Path) -> None:
         optimizers.step(step)
         average.update_parameters(vae)
         checkpoint.log(step, loss=loss.item(), kl=kl.item(), mse=error.square().mean().item())
-    mean, std = _latent_statistics(average.module)
-    torch.save({"weights": average.module.state_dict(), "latent_mean": mean, "latent_std": std}, folder / "vae.pt")
+    trained = average.module
+    mean, std = _latent_statistics(trained)
+    trained.latent_mean.copy_(mean.reshape(trained.latent_mean.shape))
+    trained.latent_std.copy_(std.reshape(trained.latent_std.shape))
+    torch.save(trained.state_dict(), folder / "vae.pt")
+
+
+def refine_decoder(spec: VaeSpec, folder: Path) -> None:
+    """Trains the decoder alone on slightly noised latents of the frozen encoder: `vae_refined.pt`.
+
+    The denoiser's latents are never exact, and the encoder must not move once they are cached.
+    """
+    vae = Vae(spec)
+    vae.load_state_dict(torch.load(folder / "vae.pt", weights_only=True))
+    decoder = vae.decoder
+    average = torch.optim.swa_utils.AveragedModel(vae, multi_avg_fn=torch.optim.swa_utils.get_ema_multi_avg_fn(0.995))
+    optimizers = Optimizers(decoder, REFINE_STEPS, MUON_RATE / 2, ADAMW_RATE / 2, flat=0.3)
+    state = {"vae": vae, "average": average, "optimizers": optimizers}
+    checkpoint = Checkpoint(folder / "decoder_training.pt", state, every=400)
+    for step in checkpoint.steps(REFINE_STEPS, {"held_out_psnr": lambda: _held_out_psnr(average.module)}):
+        torch.manual_seed(500_000 + step)
+        pixels = train_batch(STEPS + step).contiguous(memory_format=torch.channels_last_3d)
+        with torch.no_grad():
+            mean = whole(vae.encoder, pixels).chunk(2, dim=1)[0]
+            latents = mean + REFINE_NOISE * vae.latent_std * torch.randn_like(mean)
+        error = whole(decoder, latents) - pixels
+        loss = 0.3 * error.abs().mean() + error.square().mean()
+        decoder.zero_grad()
+        loss.backward()
+        nn.utils.clip_grad_norm_(decoder.parameters(), 1.0)
+        optimizers.step(step)
+        average.update_parameters(vae)
+        checkpoint.log(step, loss=loss.item(), mse=error.square().mean().item())
+    torch.save(average.module.state_dict(), folder / "vae_refined.pt")
 
 
 def _held_out_psnr(vae: Vae) -> float:
@@ -108,7 +141,7 @@ def _held_out_psnr(vae: Vae) -> float:
 
 
 @torch.no_grad()
-def _latent_statistics(vae: Vae) -> tuple[list[float], list[float]]:
+def _latent_statistics(vae: Vae) -> tuple[Tensor, Tensor]:
     """Mean and standard deviation of each latent channel over 200 clips."""
     rng = np.random.default_rng(17)
     values = []
@@ -116,4 +149,4 @@ def _latent_statistics(vae: Vae) -> tuple[list[float], list[float]]:
         clip = render(SCENES[rng.integers(len(SCENES))], 64, 64, 17, rng)
         values.append(whole(vae.encoder, to_pixels(clip[None])).chunk(2, dim=1)[0].transpose(0, 1).flatten(1))
     latents = torch.cat(values, dim=1)
-    return latents.mean(dim=1).tolist(), latents.std(dim=1).tolist()
+    return latents.mean(dim=1), latents.std(dim=1)

@@ -43,6 +43,7 @@ STILL_TEMPLATES = (
     "a {shape} that is {colour} over {background}",
     "an image of a {colour} {shape} on {background}",
 )
+TRIANGLE_REACH = 1.15  # its apex lies this many radii from its centroid
 HELD_OUT_EVERY = 10  # one combination in ten is never trained: prompts for generalisation
 
 
@@ -94,7 +95,7 @@ def render(scene: Scene, width: int, height: int, frames: int, rng: np.random.Ge
     if scene.motion in ("grows", "shrinks"):
         small = side * rng.uniform(0.10, 0.14)
         radius = small * rng.uniform(1.6, 2.2) ** (u if scene.motion == "grows" else 1 - u)
-    margin = radius.max() + 1.5
+    margin = radius.max() * (TRIANGLE_REACH if scene.shape == "triangle" else 1.0) + 1.5
     delta = {"left": (-1, 0), "right": (1, 0), "up": (0, -1), "down": (0, 1)}.get(scene.motion, (0, 0))
     path = []
     for extent, direction in zip((width, height), delta, strict=True):
@@ -117,7 +118,7 @@ def _coverage(shape: str, x: np.ndarray, y: np.ndarray, radius: np.ndarray, widt
     elif shape == "square":
         distance = np.maximum(np.abs(dx), np.abs(dy)) - 0.89 * r
     else:  # an upright triangle around its centroid
-        r = r * 1.15
+        r = r * TRIANGLE_REACH
         slanted = np.abs(dx) * np.cos(np.pi / 6) - dy * np.sin(np.pi / 6) - 0.5 * r
         distance = np.maximum(slanted, dy - 0.5 * r)
     return np.clip(0.5 - distance, 0.0, 1.0)

@@ -1,0 +1,91 @@
+"""A checkpoint: the folder that training leaves, and what `tubelet export` reads.
+
+    spec.json             the ModelSpec
+    weights.safetensors   every parameter, named <module>.<parameter>, in any float type
+    tokenizer.json
+
+Flows in: a folder. Flows out: its spec, and where each tensor's bytes lie. Weights are never loaded here: the header
+says what they are.
+"""
+
+from __future__ import annotations
+
+import json
+import struct
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+
+from tubelet.runtime.bundle import TOKENIZER, WEIGHTS
+from tubelet.runtime.errors import UserError
+from tubelet.runtime.spec import ModelSpec
+
+SPEC = "spec.json"
+
+
+@dataclass(frozen=True)
+class StoredTensor:
+    """One tensor's type (safetensors' name, such as F16), shape, and bytes from `offset` of the file on."""
+
+    dtype: str
+    shape: tuple[int, ...]
+    offset: int
+    bytes: int
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    folder: Path
+    spec: ModelSpec
+    tensors: Mapping[str, StoredTensor]
+
+    @classmethod
+    def open(cls, folder: Path) -> Checkpoint:
+        """Raises UserError when a file is missing or unreadable."""
+        for name in (SPEC, WEIGHTS, TOKENIZER):
+            if not (folder / name).is_file():
+                raise UserError(f"{folder} is not a checkpoint: it has no {name}")
+        try:
+            spec = ModelSpec.from_json(json.loads((folder / SPEC).read_text(encoding="utf-8")))
+        except (UnicodeDecodeError, json.JSONDecodeError) as error:
+            raise UserError(f"{folder / SPEC} is not JSON ({error}); write it again") from error
+        return cls(folder, spec, read_header(folder / WEIGHTS))
+
+    def check(self, expected: Mapping[str, torch.Size]) -> None:
+        """Strict both ways. Raises UserError that lists missing, unknown and wrongly shaped parameters."""
+        missing = sorted(set(expected) - set(self.tensors))
+        unknown = sorted(set(self.tensors) - set(expected))
+        reshaped = [
+            f"{name} is {list(self.tensors[name].shape)}, must be {list(shape)}"
+            for name, shape in expected.items()
+            if name in self.tensors and self.tensors[name].shape != tuple(shape)
+        ]
+        problems = [
+            f"{title}: {', '.join(names)}"
+            for title, names in (("missing", missing), ("unknown", unknown), ("wrong shape", reshaped))
+            if names
+        ]
+        if problems:
+            raise UserError(f"{self.folder / WEIGHTS} does not fit its spec; {'; '.join(problems)}")
+
+
+def read_header(path: Path) -> dict[str, StoredTensor]:
+    """The tensors of a safetensors file, without their bytes. Raises UserError when the file is damaged."""
+    try:
+        with path.open("rb") as file:
+            (length,) = struct.unpack("<Q", file.read(8))
+            if length > path.stat().st_size - 8:
+                raise ValueError("its header is truncated")
+            header = json.loads(file.read(length))
+        header.pop("__metadata__", None)
+        tensors = {}
+        for name, entry in header.items():
+            begin, end = entry["data_offsets"]
+            tensors[name] = StoredTensor(entry["dtype"], tuple(entry["shape"]), 8 + length + begin, end - begin)
+            if 8 + length + end > path.stat().st_size:
+                raise ValueError(f"the bytes of {name} are truncated")
+    except (struct.error, ValueError, KeyError, TypeError) as error:
+        raise UserError(f"{path} is not a safetensors file ({error}); copy it again") from error
+    return tensors

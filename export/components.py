@@ -1,0 +1,156 @@
+"""The graph contract: for each component its module, its inputs and outputs, and which extents vary.
+
+Flows in: a ModelSpec and its modules (on the meta device they have shapes and no memory). Flows out: one Component a
+graph. `trace.py` turns them into ONNX, `parity.py` runs them beside the compiled graphs.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from tubelet.runtime.spec import DenoiserSpec, ModelSpec
+
+from .dit import Conditioner, Denoiser
+from .text_encoder import TextEncoder
+from .vae import Vae
+
+Extents = Mapping[str, int]
+
+
+@dataclass(frozen=True)
+class Port:
+    """A graph input. An extent is a number, or varies: a name, or a multiple of one such as "4*h"."""
+
+    shape: tuple[int | str, ...]
+    dtype: torch.dtype = torch.float32
+
+    def sizes(self, extents: Extents) -> list[int]:
+        """The shape where the named extents are these."""
+        return [
+            math.prod(int(part) if part.isdigit() else extents[part] for part in str(extent).split("*"))
+            for extent in self.shape
+        ]
+
+    def example(self, extents: Extents) -> Tensor:
+        """Standard normal values, or zeros and ones for an integer port."""
+        sizes = self.sizes(extents)
+        return torch.randint(0, 2, sizes) if self.dtype == torch.int64 else torch.randn(sizes)
+
+
+@dataclass(frozen=True)
+class Component:
+    name: str
+    weights: str  # what precedes the name of its parameters in the checkpoint
+    module: nn.Module  # takes the inputs in order, returns a tensor or a tuple
+    inputs: Mapping[str, Port]
+    outputs: Mapping[str, Port]
+    shapes: tuple[Extents, ...]  # on which parity is measured
+
+
+def build_modules(spec: ModelSpec) -> dict[str, nn.Module]:
+    """Every module that holds parameters, by its prefix in the checkpoint."""
+    modules = {
+        "text_encoder": TextEncoder(spec.text_encoder),
+        "conditioner": Conditioner(spec.denoiser),
+        "denoiser": Denoiser(spec.denoiser),
+        "vae": Vae(spec.vae),
+    }
+    return {name: module.eval() for name, module in modules.items()}
+
+
+def components(spec: ModelSpec, modules: Mapping[str, nn.Module]) -> list[Component]:
+    """All graphs of a model, in the order in which a request meets them."""
+    length = spec.text_encoder.length
+    ids = Port(("B", "L"), torch.int64)
+    texts = tuple({"B": b, "L": n} for b, n in ((2, length), (1, length), (3, 5)))
+    embeddings = Port(("B", "L", spec.text_encoder.width))
+    cross = Port((spec.denoiser.depth, "B", spec.denoiser.heads, "L", spec.denoiser.head_size))
+    velocity = Port(("B", "N", spec.denoiser.token_values))
+    videos = tuple({"B": b, "N": n, "L": length} for b, n in ((2, 36), (1, 9), (2, 144), (1, 325)))
+    vae, scale = modules["vae"], spec.vae.spatial_factor
+    latents = Port(("B", spec.vae.latent_channels, "t", "h", "w"))
+    pixels = Port(("B", 3, f"{spec.vae.temporal_factor}*t", f"{scale}*h", f"{scale}*w"))
+    return [
+        Component(
+            "text_encoder",
+            "text_encoder.",
+            modules["text_encoder"],
+            {"ids": ids, "mask": ids},
+            {"embeddings": embeddings},
+            texts,
+        ),
+        Component(
+            "conditioner",
+            "conditioner.",
+            modules["conditioner"],
+            {"embeddings": embeddings},
+            {"cross_k": cross, "cross_v": cross},
+            texts,
+        ),
+        Component(
+            "denoiser",
+            "denoiser.",
+            modules["denoiser"],
+            _denoiser_inputs(spec.denoiser, cross),
+            {"velocity": velocity},
+            videos,
+        ),
+        *_vae_half("vae_decoder", VaeStep(vae, "decode"), ("latents", latents), ("pixels", pixels)),
+        *_vae_half("vae_encoder", VaeStep(vae, "encode"), ("pixels", pixels), ("latents", latents)),
+    ]
+
+
+def _denoiser_inputs(spec: DenoiserSpec, cross: Port) -> dict[str, Port]:
+    rope = Port(("N", spec.head_size // 2))
+    inputs = {
+        "tokens": Port(("B", "N", spec.token_inputs)),
+        "time_features": Port(("B", 2, spec.time_features)),
+        "rope_cos": rope,
+        "rope_sin": rope,
+        "cross_k": cross,
+        "cross_v": cross,
+    }
+    return inputs | {"known": Port(("B", "N"))} if spec.two_levels else inputs
+
+
+class VaeStep(nn.Module):
+    """One half of the VAE on one chunk: `x` and the caches (none for a clip's first frame) -> result, next caches."""
+
+    def __init__(self, vae: nn.Module, half: str):
+        super().__init__()
+        self.vae, self.half = vae, half
+
+    def forward(self, x: Tensor, *caches: Tensor) -> tuple[Tensor, ...]:
+        result, following = getattr(self.vae, self.half)(x, caches or None)
+        return result, *following
+
+
+def _vae_half(name: str, step: nn.Module, source: tuple[str, Port], result: tuple[str, Port]) -> list[Component]:
+    """One half of the VAE as two graphs: a clip's first frame, and the chunks after it with their caches."""
+    first, first_result = ({port: _one_frame(shape)} for port, shape in (source, result))
+    with torch.no_grad():
+        probe = torch.zeros(first[source[0]].sizes({"B": 1, "h": 1, "w": 1}), device=next(step.parameters()).device)
+        shapes = [cache.shape for cache in step(probe)[1:]]
+    ports = [Port(("B", c, t, _times(h, "h"), _times(w, "w"))) for _, c, t, h, w in shapes]
+    caches = {f"cache_{i:02}": port for i, port in enumerate(ports)}
+    following = {f"next_{cache}": port for cache, port in caches.items()}
+    extents = tuple({"B": 1, "t": t, "h": h, "w": w} for t, h, w in ((2, 6, 8), (1, 8, 6), (4, 4, 4)))
+    return [
+        Component(f"{name}_first", "", step, first, first_result | following, extents),
+        Component(name, "", step, dict([source]) | caches, dict([result]) | following, extents),
+    ]
+
+
+def _one_frame(port: Port) -> Port:
+    """The same tensor for a clip's first frame."""
+    b, c, _, h, w = port.shape
+    return Port((b, c, 1, h, w))
+
+
+def _times(factor: int, name: str) -> str:
+    return name if factor == 1 else f"{factor}*{name}"
