@@ -72,7 +72,7 @@ def _reference_weights(model: ir.Model, component: Component, tensors: Mapping[s
             continue  # a constant of the graph
         stored = tensors[component.weights + name]
         dtype = STORED_TYPES[stored.dtype]
-        wide = value.type
+        wide = ir.TensorType(ir.DataType.FLOAT)
         del model.graph.initializers[name]
         value.name = component.weights + name
         value.const_value = ir.ExternalTensor(

@@ -10,6 +10,7 @@ from __future__ import annotations
 import math
 import operator
 from collections.abc import Sequence
+from importlib import import_module
 from typing import Any
 
 import numpy as np
@@ -18,8 +19,8 @@ from numpy.typing import ArrayLike, DTypeLike, NDArray
 from . import kernels_numpy
 
 try:
-    from . import _kernels as _implementation
-except ImportError:
+    _implementation = import_module("tubelet.runtime._kernels")
+except ModuleNotFoundError:  # absent; one that is there but broken is an error
     _implementation = kernels_numpy
 
 IMPLEMENTATION = "numpy" if _implementation is kernels_numpy else "extension"

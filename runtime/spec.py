@@ -99,6 +99,11 @@ class VaeSpec:
             len(self.temporal) == len(self.widths) - 1,
             f"vae.temporal needs {len(self.widths) - 1} entries for {len(self.widths)} widths, has {len(self.temporal)}",
         )
+        for a, b in zip(self.widths, self.widths[1:], strict=False):
+            _require(
+                4 * a % b == 0 and 4 * b % a == 0,
+                f"vae.widths {a} and {b} are neighbours: four times either must be a multiple of the other",
+            )
         for name in ("latent_mean", "latent_std"):
             count = len(getattr(self, name))
             _require(

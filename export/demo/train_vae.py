@@ -18,17 +18,23 @@ from torch import Tensor, nn
 from tubelet.runtime.spec import VaeSpec
 
 from ..vae import ResidualBlock, Vae, whole
-from .training import Checkpoint, Optimizers, unit_gain_
+from .training import Checkpoint, Optimizers, trapezoid, unit_gain_
 from .world import HELD_OUT, SCENES, TRAINED, Scene, render
 
-STEPS = 3800
+FIRST, SECOND = 3800, 4600  # steps of two descents of the learning rate
+STEPS = FIRST + SECOND
 BATCH = 2
 SIZES = ((48, 48), (64, 48), (48, 64), (64, 64), (80, 48), (48, 80), (96, 64), (64, 96))  # width, height
 SIZE_ODDS = np.array([8, 3, 3, 2, 1, 1, 0.5, 0.5]) / 19
-LENGTHS, LENGTH_ODDS = (1, 5, 9, 17), (0.1, 0.4, 0.4, 0.1)
+LENGTHS, LENGTH_ODDS = (1, 5, 9, 17), (0.05, 0.45, 0.4, 0.1)
 MUON_RATE, ADAMW_RATE = 8e-3, 1e-3
 KL_WEIGHT = 5e-4
 REFINE_STEPS, REFINE_NOISE = 4000, 0.04
+
+
+def rate(step: int) -> float:
+    """Share of the peak learning rate: down to zero twice, the second time from three quarters."""
+    return trapezoid(step, FIRST, flat=0.4) if step < FIRST else 0.75 * trapezoid(step - FIRST, SECOND, flat=0.25)
 
 
 def to_pixels(clips: np.ndarray) -> Tensor:
@@ -44,7 +50,7 @@ def train_batch(step: int) -> Tensor:
     clips = []
     for _ in range(BATCH):
         scene = TRAINED[rng.integers(len(TRAINED))]
-        clip = render(scene, width, height, max(frames, int(rng.choice((9, 17, 33, 49)))), rng)
+        clip = render(scene, width, height, max(frames, int(rng.choice((17, 33, 49)))), rng)
         start = rng.integers(len(clip) - frames + 1)
         clips.append(clip[start : start + frames])
     return to_pixels(np.stack(clips))
@@ -82,7 +88,7 @@ def train(spec: VaeSpec, folder: Path) -> None:
                 module.conv2.weight.zero_()
         vae.encoder.conv_out.weight[spec.latent_channels :] *= 0.1
         vae.encoder.conv_out.bias[spec.latent_channels :] = -5.0
-    optimizers = Optimizers(vae, STEPS, MUON_RATE, ADAMW_RATE, flat=0.4)
+    optimizers = Optimizers(vae, MUON_RATE, ADAMW_RATE)
     state = {"vae": vae, "average": average, "optimizers": optimizers}
     checkpoint = Checkpoint(folder / "vae_training.pt", state, every=400)
     for step in checkpoint.steps(STEPS, {"held_out_psnr": lambda: _held_out_psnr(average.module)}):
@@ -97,7 +103,7 @@ def train(spec: VaeSpec, folder: Path) -> None:
         vae.zero_grad()
         loss.backward()
         nn.utils.clip_grad_norm_(vae.parameters(), 1.0)
-        optimizers.step(step)
+        optimizers.step(rate(step))
         average.update_parameters(vae)
         checkpoint.log(step, loss=loss.item(), kl=kl.item(), mse=error.square().mean().item())
     trained = average.module
@@ -116,7 +122,7 @@ def refine_decoder(spec: VaeSpec, folder: Path) -> None:
     vae.load_state_dict(torch.load(folder / "vae.pt", weights_only=True))
     decoder = vae.decoder
     average = torch.optim.swa_utils.AveragedModel(vae, multi_avg_fn=torch.optim.swa_utils.get_ema_multi_avg_fn(0.995))
-    optimizers = Optimizers(decoder, REFINE_STEPS, MUON_RATE / 2, ADAMW_RATE / 2, flat=0.3)
+    optimizers = Optimizers(decoder, MUON_RATE / 2, ADAMW_RATE / 2)
     state = {"vae": vae, "average": average, "optimizers": optimizers}
     checkpoint = Checkpoint(folder / "decoder_training.pt", state, every=400)
     for step in checkpoint.steps(REFINE_STEPS, {"held_out_psnr": lambda: _held_out_psnr(average.module)}):
@@ -130,7 +136,7 @@ def refine_decoder(spec: VaeSpec, folder: Path) -> None:
         decoder.zero_grad()
         loss.backward()
         nn.utils.clip_grad_norm_(decoder.parameters(), 1.0)
-        optimizers.step(step)
+        optimizers.step(trapezoid(step, REFINE_STEPS, flat=0.3))
         average.update_parameters(vae)
         checkpoint.log(step, loss=loss.item(), mse=error.square().mean().item())
     torch.save(average.module.state_dict(), folder / "vae_refined.pt")

@@ -107,13 +107,15 @@ class Muon(torch.optim.Optimizer):
         return x.mT if tall else x
 
 
+def trapezoid(step: int, steps: int, flat: float) -> float:
+    """A learning rate's share of its peak: up for 100 steps, flat for the share `flat` of all, then down to zero."""
+    return min(1.0, (step + 1) / 100, (steps - step) / ((1 - flat) * steps))
+
+
 class Optimizers:
-    """Muon for the matrices inside the network, AdamW for its ends, norms and biases.
+    """Muon for the matrices inside the network, AdamW for its ends, norms and biases."""
 
-    The learning rate rises for 100 steps, stays flat for the share `flat` of all steps, then falls to zero.
-    """
-
-    def __init__(self, model: nn.Module, steps: int, muon_rate: float, adamw_rate: float, flat: float):
+    def __init__(self, model: nn.Module, muon_rate: float, adamw_rate: float):
         inner, rest = [], []
         for name, parameter in model.named_parameters():
             is_matrix = name.endswith("weight") and parameter.ndim in (2, 5)
@@ -124,12 +126,12 @@ class Optimizers:
             Muon(inner, muon_rate),
             torch.optim.AdamW(rest, adamw_rate, betas=(0.9, 0.97), weight_decay=0.0),
         )
-        self.factor = lambda step: min(1.0, (step + 1) / 100, (steps - step) / ((1 - flat) * steps))
 
-    def step(self, step: int) -> None:
+    def step(self, factor: float) -> None:
+        """One update at this share of the peak learning rates."""
         for part, rate in zip(self.parts, self.rates, strict=True):
             for group in part.param_groups:
-                group["lr"] = rate * self.factor(step)
+                group["lr"] = rate * factor
             part.step()
 
     def state_dict(self) -> dict[str, Any]:

@@ -1,0 +1,139 @@
+// One pass over memory for guidance, the sampler's update, pinning of known tokens and the denoiser's next input.
+//
+// A block of elements is read, combined in cache and only then written, so the state may be updated
+// in place. Sums run in column order without fused multiply-adds: every instruction set gives the same bits.
+#include "kernels.h"
+#include "parallel.h"
+
+namespace tubelet {
+namespace {
+
+constexpr int64_t kBlock = 2048;  // elements: few enough for the caches, enough to read each buffer in long runs
+
+template <class T>
+struct Step : GuidedStep {
+    bool reads[kMaxBuffers + 1] = {};  // column is used: a buffer, or last the velocity
+    bool writes[kMaxBuffers] = {};     // row changes its buffer
+    bool streamed;
+
+    explicit Step(const GuidedStep& step, bool streamed) : GuidedStep(step), streamed(streamed) {
+        for (int row = 0; row < buffers; ++row) {
+            for (int column = 0; column <= buffers; ++column)
+                writes[row] |= matrix[row][column] != (row == column ? 1.0f : 0.0f);
+            for (int column = 0; column <= buffers; ++column)
+                reads[column] |= (writes[row] || row == 0) && matrix[row][column] != 0.0f;
+        }
+        writes[0] |= known != nullptr;
+    }
+
+    TUBELET_HD void operator()(int64_t begin, int64_t end) const {
+        alignas(64) float next[kMaxBuffers][kBlock], guided[kBlock];
+        for (int64_t at = begin; at < end; at += kBlock) {
+            const int64_t size = std::min(kBlock, end - at);
+            if (reads[buffers]) read_velocity(guided, at, size);
+            for (int row = 0; row < buffers; ++row)
+                if (writes[row] || row == 0) combine(next[row], row, guided, at, size);
+            if (known) pin_known(next[0], at, size);
+            for (int row = 0; row < buffers; ++row)
+                if (writes[row]) write(state[row] + at, next[row], size * sizeof(float), streamed && !reads[row]);
+            write_tokens(next[0], at, size);
+        }
+        if (streamed) fence();
+    }
+
+    TUBELET_HD void read_velocity(float* guided, int64_t at, int64_t size) const {
+        const T* conditional = static_cast<const T*>(velocity) + at;
+        const T* unconditional = conditional + count * width;
+        if (batch == 1)
+            for (int64_t i = 0; i < size; ++i) guided[i] = to_float(conditional[i]);
+        else
+            for (int64_t i = 0; i < size; ++i)
+                guided[i] = guide(to_float(conditional[i]), to_float(unconditional[i]), guidance);
+    }
+
+    TUBELET_HD void combine(float* __restrict sum, int row, const float* guided, int64_t at, int64_t size) const {
+        bool first = true;
+        for (int column = 0; column <= buffers; ++column) {
+            const float factor = matrix[row][column];
+            if (factor == 0.0f) continue;
+            const float* __restrict term = column < buffers ? state[column] + at : guided;
+            if (first)
+                for (int64_t i = 0; i < size; ++i) sum[i] = factor * term[i];
+            else
+                for (int64_t i = 0; i < size; ++i) sum[i] += factor * term[i];
+            first = false;
+        }
+        if (first) std::fill_n(sum, size, 0.0f);
+    }
+
+    // Calls part(token, offset of the part in its row, offset in the block, size) for each row the block touches.
+    template <class Part>
+    TUBELET_HD void for_rows(int64_t at, int64_t size, const Part& part) const {
+        int64_t token = at / width, column = at % width;
+        for (int64_t done = 0, n; done < size; done += n, ++token, column = 0) {
+            n = std::min(width - column, size - done);
+            part(token, column, done, n);
+        }
+    }
+
+    TUBELET_HD void pin_known(float* next, int64_t at, int64_t size) const {
+        for_rows(at, size, [&](int64_t token, int64_t, int64_t done, int64_t n) __attribute__((always_inline)) {
+            if (known[token] == 0.0f) return;
+            for (int64_t i = done; i < done + n; ++i)
+                next[i] =
+                    noise ? pin(clean[at + i], noise[at + i], clean_scale, noise_scale) : clean_scale * clean[at + i];
+        });
+    }
+
+    TUBELET_HD void write_tokens(const float* next, int64_t at, int64_t size) const {
+        alignas(64) T buffer[kBlock];
+        const T* const cast = cast_block(buffer, next, size);
+        for (int b = 0; b < batch; ++b) {
+            T* const rows = static_cast<T*>(tokens) + b * batch_stride;
+            if (token_stride == width)
+                write(rows + at, cast, size * sizeof(T), streamed);
+            else
+                for_rows(at, size,
+                         [&](int64_t token, int64_t column, int64_t done, int64_t n) __attribute__((always_inline)) {
+                             write(rows + token * token_stride + column, cast + done, n * sizeof(T), false);
+                         });
+        }
+    }
+
+    TUBELET_HD static const float* cast_block(float*, const float* values, int64_t) { return values; }
+
+    template <class To>
+    TUBELET_HD static const To* cast_block(To* buffer, const float* values, int64_t size) {
+        for (int64_t i = 0; i < size; ++i) buffer[i] = from_float<To>(values[i]);
+        return buffer;
+    }
+
+    TUBELET_HD static void write(void* to, const void* from, int64_t bytes, bool past_cache) {
+        if (past_cache)
+            stream(to, from, bytes);
+        else
+            memcpy(to, from, bytes);
+    }
+};
+
+template <class T>
+void launch(const GuidedStep& step) {
+    const int64_t bytes = (step.buffers + step.batch) * int64_t(sizeof(float));  // of one element, roughly
+    const int64_t elements = step.count * step.width;
+    parallel(elements, bytes, Step<T>(step, elements * bytes > kStreamedBytes));
+}
+
+}  // namespace
+
+void launch_guided_step(const GuidedStep& step) {
+    switch (step.dtype) {
+        case DType::f32:
+            return launch<float>(step);
+        case DType::f16:
+            return launch<Half>(step);
+        default:
+            return launch<BFloat>(step);
+    }
+}
+
+}  // namespace tubelet

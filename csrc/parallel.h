@@ -1,0 +1,81 @@
+// How the CPU kernels run: split over threads, compiled for two instruction sets, stored past the cache when large.
+#pragma once
+
+#include <algorithm>
+#include <cstdint>
+#include <cstring>
+
+#include "element.h"
+
+#if defined(__x86_64__) && defined(__GNUC__)
+#define TUBELET_X86 1
+#include <immintrin.h>
+#endif
+
+namespace tubelet {
+
+constexpr int64_t kThreadedBytes = int64_t(1) << 18;  // below, waking threads costs more than they save
+constexpr int64_t kChunkBytes = int64_t(1) << 18;     // a thread's portion: small, so that a busy core gets fewer
+constexpr int64_t kStreamedBytes = int64_t(1) << 24;  // above, a result would leave the cache before it is read
+
+#if TUBELET_X86
+template <class Body>
+__attribute__((target("avx2"))) void run_avx2(const Body& body, int64_t begin, int64_t end) {
+    body(begin, end);
+}
+#endif
+
+// `body` must be an always-inline functor: it is compiled here once for each instruction set.
+template <class Body>
+void run(const Body& body, int64_t begin, int64_t end) {
+#if TUBELET_X86
+    static const bool avx2 = __builtin_cpu_supports("avx2");
+    if (avx2) return run_avx2(body, begin, end);
+#endif
+    body(begin, end);
+}
+
+// Calls body(begin, end) on portions of [0, units), each unit moving `unit_bytes`, from several threads.
+template <class Body>
+void parallel(int64_t units, int64_t unit_bytes, const Body& body) {
+    const int64_t step = std::max<int64_t>(1, kChunkBytes / std::max<int64_t>(1, unit_bytes));
+    const int64_t chunks = (units + step - 1) / step;
+#pragma omp parallel for schedule(dynamic) if (units * unit_bytes > kThreadedBytes)
+    for (int64_t chunk = 0; chunk < chunks; ++chunk) run(body, chunk * step, std::min(units, (chunk + 1) * step));
+}
+
+// memcpy that does not pull the destination into the cache. `fence` makes such stores visible to other threads.
+TUBELET_HD void stream(void* destination, const void* source, int64_t bytes) {
+#if TUBELET_X86
+    char* to = static_cast<char*>(destination);
+    const char* from = static_cast<const char*>(source);
+    const int64_t head = std::min<int64_t>(bytes, -reinterpret_cast<uintptr_t>(to) & 15);
+    memcpy(to, from, head);
+    int64_t at = head;
+    for (; at + 16 <= bytes; at += 16)
+        _mm_stream_si128(reinterpret_cast<__m128i*>(to + at),
+                         _mm_loadu_si128(reinterpret_cast<const __m128i*>(from + at)));
+    memcpy(to + at, from + at, bytes - at);
+#else
+    memcpy(destination, source, bytes);
+#endif
+}
+
+// Stores 16 bytes; `Streamed` ones must be aligned.
+template <bool Streamed>
+TUBELET_HD void store_words(void* destination, uint64_t low, uint64_t high) {
+#if TUBELET_X86
+    const __m128i both = _mm_set_epi64x(int64_t(high), int64_t(low));
+    if (Streamed) return _mm_stream_si128(static_cast<__m128i*>(destination), both);
+#endif
+    memcpy(destination, &low, sizeof low);
+    memcpy(static_cast<char*>(destination) + sizeof low, &high, sizeof high);
+}
+
+TUBELET_HD void fence() {
+#if TUBELET_X86
+    _mm_sfence();
+#endif
+}
+
+}  // namespace tubelet

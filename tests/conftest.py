@@ -1,0 +1,41 @@
+"""What several test files share: small specs, the embedded pipeline, and a checkpoint made from the embedded bundle."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import shutil
+from pathlib import Path
+
+import pytest
+
+from tubelet.runtime import EMBEDDED, Bundle, Pipeline
+from tubelet.runtime.bundle import TOKENIZER, WEIGHTS
+from tubelet.runtime.spec import ModelSpec
+
+
+@pytest.fixture(scope="session")
+def spec() -> ModelSpec:
+    return Bundle.open(EMBEDDED).spec
+
+
+@pytest.fixture(scope="session")
+def pipeline() -> Pipeline:
+    return Pipeline.open(EMBEDDED)
+
+
+@pytest.fixture
+def embedded_copy(tmp_path: Path) -> Path:
+    """A bundle that a test may damage."""
+    return Path(shutil.copytree(EMBEDDED, tmp_path / "bundle"))
+
+
+@pytest.fixture
+def checkpoint(tmp_path: Path, spec: ModelSpec) -> Path:
+    """The embedded model as the checkpoint that it was exported from."""
+    folder = tmp_path / "checkpoint"
+    folder.mkdir()
+    for name in (WEIGHTS, TOKENIZER):
+        shutil.copyfile(EMBEDDED / name, folder / name)
+    (folder / "spec.json").write_text(json.dumps(dataclasses.asdict(spec)))
+    return folder

@@ -1,0 +1,129 @@
+"""Exporting: the embedded bundle comes out again, weights stay references, parity holds, damage is refused.
+
+    pytest tests/test_export.py
+"""
+
+from __future__ import annotations
+
+import json
+import struct
+from pathlib import Path
+
+import onnx
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+from tubelet.export.build import build
+from tubelet.export.checkpoint import Checkpoint, read_header
+from tubelet.export.components import build_modules, components
+from tubelet.export.trace import trace
+from tubelet.runtime import EMBEDDED, Bundle, UserError
+
+GRAPHS = sorted(EMBEDDED.glob("*.onnx"))
+
+
+def test_the_embedded_bundle_comes_out_again(checkpoint: Path, tmp_path: Path) -> None:
+    """Every file byte for byte, and every component within float32 rounding of torch (1e-5 relative) on each shape."""
+    made = build(checkpoint, tmp_path / "bundle")
+
+    shipped = Bundle.open(EMBEDDED)
+    assert made.files == shipped.files
+    assert made.components == shipped.components
+    assert made.key == shipped.key
+    assert {row.component for row in made.parity} == set(made.components)
+    assert max(row.relative for row in made.parity) < 1e-5
+    assert not [p for p in tmp_path.iterdir() if p.name not in ("bundle", "checkpoint")]
+
+
+@pytest.mark.parametrize("path", GRAPHS, ids=lambda path: path.stem)
+def test_graphs_hold_no_weights_and_no_paths(path: Path) -> None:
+    model = onnx.load(path, load_external_data=False)
+    onnx.checker.check_model(str(path))
+
+    external = [t for t in model.graph.initializer if t.data_location == onnx.TensorProto.EXTERNAL]
+    internal = [t for t in model.graph.initializer if t.data_location != onnx.TensorProto.EXTERNAL]
+    assert external
+    assert {entry.value for t in external for entry in t.external_data if entry.key == "location"} == {"weights.safetensors"}
+    assert sum(len(t.SerializeToString()) for t in internal) < 20_000
+    assert path.stat().st_size < 400_000
+    assert b"/" + b"site-packages" not in path.read_bytes()
+    assert {opset.version for opset in model.opset_import} == {23}
+
+
+@pytest.mark.parametrize(("name", "attention", "norms"), [("denoiser", 12, 37), ("text_encoder", 2, 5)])
+def test_attention_and_norms_are_native(name: str, attention: int, norms: int) -> None:
+    """12 = self and cross in 6 blocks; 37 = 3 norms and 3 query or key norms in 6 blocks, and the last one."""
+    kinds = [node.op_type for node in onnx.load(EMBEDDED / f"{name}.onnx", load_external_data=False).graph.node]
+    assert kinds.count("Attention") == attention
+    assert kinds.count("RMSNormalization") + kinds.count("LayerNormalization") == norms
+    assert "Softmax" not in kinds and "ScatterND" not in kinds and "Loop" not in kinds
+
+
+def test_varying_extents_are_named() -> None:
+    bundle = Bundle.open(EMBEDDED)
+    assert bundle.components["denoiser"].inputs["tokens"] == ["B", "N", 49]
+    assert bundle.components["vae_decoder"].inputs["latents"] == ["B", 8, "t", "h", "w"]
+    assert bundle.components["vae_decoder"].outputs["pixels"] == ["B", 3, "4*t", "8*h", "8*w"]
+
+
+def test_a_model_with_one_noise_level_exports_without_known(checkpoint: Path) -> None:
+    data = json.loads((checkpoint / "spec.json").read_text())
+    data["denoiser"] |= {"two_levels": False, "depth": 1, "coordinates": False, "pooled_text": False}
+    (checkpoint / "spec.json").write_text(json.dumps(data))
+    opened = Checkpoint.open(checkpoint)
+    with torch.device("meta"):
+        modules = build_modules(opened.spec)
+    (denoiser,) = [c for c in components(opened.spec, modules) if c.name == "denoiser"]
+
+    graph = trace(denoiser, opened.tensors).graph
+
+    assert "known" not in [value.name for value in graph.inputs]
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda w: w.pop("denoiser.embed.bias"), "missing: denoiser.embed.bias"),
+        (lambda w: w.update(extra=torch.zeros(1)), "unknown: extra"),
+        (lambda w: w.update({"denoiser.embed.bias": torch.zeros(3)}), r"denoiser.embed.bias is \[3\], must be \[192\]"),
+    ],
+)
+def test_weights_must_fit_the_spec(checkpoint: Path, tmp_path: Path, change, message: str) -> None:
+    weights = load_file(checkpoint / "weights.safetensors")
+    change(weights)
+    save_file(weights, checkpoint / "weights.safetensors")
+
+    with pytest.raises(UserError, match=message):
+        build(checkpoint, tmp_path / "bundle")
+    assert not (tmp_path / "bundle").exists()
+
+
+def test_damaged_checkpoints_are_refused(checkpoint: Path, tmp_path: Path) -> None:
+    weights = checkpoint / "weights.safetensors"
+    whole = weights.read_bytes()
+    for damaged in (b"", whole[:4], whole[:1000], whole[:-1], struct.pack("<Q", 2) + b"[]", struct.pack("<Q", 3) + b"{x}"):
+        weights.write_bytes(damaged)
+        with pytest.raises(UserError, match="is not a safetensors file"):
+            read_header(weights)
+    weights.write_bytes(whole)
+    with pytest.raises(UserError, match="exists; remove it or choose another folder"):
+        build(checkpoint, tmp_path)
+    with pytest.raises(UserError, match="is not a folder"):
+        build(checkpoint, tmp_path / "absent" / "bundle")
+    (checkpoint / "spec.json").write_text("{")
+    with pytest.raises(UserError, match="is not JSON"):
+        build(checkpoint, tmp_path / "bundle")
+    (checkpoint / "tokenizer.json").unlink()
+    with pytest.raises(UserError, match=r"has no tokenizer.json"):
+        build(checkpoint, tmp_path / "bundle")
+
+
+def test_an_interrupt_leaves_no_bundle(checkpoint: Path, tmp_path: Path) -> None:
+    def interrupt(stage: str) -> None:
+        if stage == "trace conditioner":
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        build(checkpoint, tmp_path / "bundle", interrupt)
+    assert [p.name for p in tmp_path.iterdir()] == ["checkpoint"]
