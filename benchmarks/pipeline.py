@@ -94,7 +94,8 @@ latent = np.random.default_rng(0).standard_normal((pipeline.spec.vae.latent_chan
 start = time.perf_counter()
 frames = sum(len(chunk) for chunk in pipeline.decode_latent(latent))
 seconds = time.perf_counter() - start
-print(json.dumps({{"frames": frames, "s": seconds, "peak_mib": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024}}))
+peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
+print(json.dumps({{"frames": frames, "s": seconds, "peak_mib": peak}}))
 """
 
 
@@ -128,7 +129,9 @@ def main() -> None:
     result["import_s"] = statistics.median(map(float, imports))
     result["cold_generate_s"] = statistics.median(run["s"] for run in cold)
     result["cold_generate_peak_mib"] = cold[-1]["peak_mib"]
-    result |= {f"decode_{frames}_frames_{name}": run[name] for frames, run in decodes.items() for name in ("s", "peak_mib")}
+    result |= {
+        f"decode_{frames}_frames_{name}": run[name] for frames, run in decodes.items() for name in ("s", "peak_mib")
+    }
     for name, value in result.items():
         print(f"{name:32} {value:10.4f}")
     print(json.dumps(result))

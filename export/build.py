@@ -76,10 +76,10 @@ def write_graphs(
         on_stage(f"trace {component.name}")
         graph = trace(component, checkpoint.tensors)
         ir.save(graph, folder / f"{component.name}.onnx")
-        parameters = [v for v in graph.graph.initializers.values() if isinstance(v.const_value, ir.ExternalTensor)]
+        constants = [value.const_value for value in graph.graph.initializers.values()]
         written[component.name] = Component(
             graph=f"{component.name}.onnx",
-            parameters=sum(v.const_value.size for v in parameters),
+            parameters=sum(int(c.size) for c in constants if isinstance(c, ir.ExternalTensor)),
             inputs={name: list(port.shape) for name, port in component.inputs.items()},
             outputs={name: list(port.shape) for name, port in component.outputs.items()},
         )

@@ -119,14 +119,14 @@ def _denoiser_inputs(spec: DenoiserSpec, cross: Port) -> dict[str, Port]:
 
 
 class VaeStep(nn.Module):
-    """One half of the VAE on one chunk: `x` and the caches (none for a clip's first frame) -> result, next caches."""
+    """`Vae.encode` or `Vae.decode` on one chunk: x and the caches (none for a first frame) -> result, next caches."""
 
-    def __init__(self, vae: nn.Module, half: str):
+    def __init__(self, vae: nn.Module, method: str):
         super().__init__()
-        self.vae, self.half = vae, half
+        self.vae, self.method = vae, method
 
     def forward(self, x: Tensor, *caches: Tensor) -> tuple[Tensor, ...]:
-        result, following = getattr(self.vae, self.half)(x, caches or None)
+        result, following = getattr(self.vae, self.method)(x, caches or None)
         return result, *following
 
 

@@ -143,7 +143,9 @@ class Conditioner(nn.Module):
         super().__init__()
         width = spec.width
         self.heads = spec.heads
-        self.embed = nn.Sequential(nn.Linear(spec.text_width, width), nn.GELU(approximate="tanh"), nn.Linear(width, width))
+        self.embed = nn.Sequential(
+            nn.Linear(spec.text_width, width), nn.GELU(approximate="tanh"), nn.Linear(width, width)
+        )
         self.k = nn.ModuleList(nn.Linear(width, width) for _ in range(spec.depth))
         self.v = nn.ModuleList(nn.Linear(width, width) for _ in range(spec.depth))
         self.norm_k = nn.ModuleList(nn.RMSNorm(width, eps=EPSILON) for _ in range(spec.depth))

@@ -24,7 +24,9 @@ def load_modules(checkpoint: Checkpoint) -> dict[str, nn.Module]:
     modules = build_modules(checkpoint.spec)
     weights = load_file(checkpoint.folder / WEIGHTS)
     for prefix, module in modules.items():
-        own = {name.removeprefix(f"{prefix}."): t.float() for name, t in weights.items() if name.startswith(f"{prefix}.")}
+        own = {
+            name.removeprefix(f"{prefix}."): t.float() for name, t in weights.items() if name.startswith(f"{prefix}.")
+        }
         module.load_state_dict(own)
     return modules
 

@@ -65,7 +65,7 @@ def _name_ports(model: ir.Model, component: Component) -> None:
 
 
 def _reference_weights(model: ir.Model, component: Component, tensors: Mapping[str, StoredTensor]) -> None:
-    """Points each parameter at its bytes in the weights file; one that is stored in 16 bits is cast where it is used."""
+    """Points each parameter at its bytes in the weights file; one stored in 16 bits is cast where it is used."""
     casts = []
     for name, value in list(model.graph.initializers.items()):
         if value.const_value is not None:

@@ -44,7 +44,7 @@ class CausalConv3d(nn.Conv3d):
     def __init__(self, channels_in: int, channels_out: int, kernel: int):
         super().__init__(channels_in, channels_out, kernel, padding=(0, kernel // 2, kernel // 2))
 
-    def forward(self, x: Tensor, history: History) -> Tensor:
+    def forward(self, x: Tensor, history: History) -> Tensor:  # type: ignore[override]
         return super().forward(history.extend(x, self.kernel_size[0] - 1))
 
 
@@ -72,6 +72,18 @@ class ResidualBlock(nn.Module):
         y = self.conv1(F.silu(self.norm1(x)), history)
         y = self.conv2(F.silu(self.norm2(y)), history)
         return self.shortcut(x) + y
+
+
+class Stage(nn.ModuleList):
+    """The residual blocks of one resolution."""
+
+    def __init__(self, width: int, blocks: int):
+        super().__init__(ResidualBlock(width, width) for _ in range(blocks))
+
+    def forward(self, x: Tensor, history: History) -> Tensor:
+        for block in self:
+            x = block(x, history)
+        return x
 
 
 class Downsample(nn.Module):
@@ -138,9 +150,7 @@ class Encoder(nn.Module):
         self.patch = spec.pixel_patch
         widths = spec.widths
         self.conv_in = CausalConv3d(3 * spec.pixel_patch**2, widths[0], 3)
-        self.stages = nn.ModuleList(
-            nn.ModuleList(ResidualBlock(width, width) for _ in range(spec.encoder_blocks)) for width in widths
-        )
+        self.stages = nn.ModuleList(Stage(width, spec.encoder_blocks) for width in widths)
         self.downs = nn.ModuleList(
             Downsample(a, b, temporal) for a, b, temporal in zip(widths, widths[1:], spec.temporal, strict=False)
         )
@@ -152,9 +162,8 @@ class Encoder(nn.Module):
         p = self.patch
         x = pixels.reshape(b, c, t, h // p, p, w // p, p).permute(0, 1, 4, 6, 2, 3, 5)
         x = self.conv_in(x.reshape(b, c * p * p, t, h // p, w // p), history)
-        for level, stage in enumerate(self.stages):
-            for block in stage:
-                x = block(x, history)
+        for level, blocks in enumerate(self.stages):
+            x = blocks(x, history)
             if level < len(self.downs):
                 x = self.downs[level](x, history)
         return self.conv_out(F.silu(self.norm_out(x)), history)
@@ -168,9 +177,7 @@ class Decoder(nn.Module):
         self.patch = spec.pixel_patch
         widths = spec.widths[::-1]
         self.conv_in = CausalConv3d(spec.latent_channels, widths[0], 3)
-        self.stages = nn.ModuleList(
-            nn.ModuleList(ResidualBlock(width, width) for _ in range(spec.decoder_blocks)) for width in widths
-        )
+        self.stages = nn.ModuleList(Stage(width, spec.decoder_blocks) for width in widths)
         self.ups = nn.ModuleList(
             Upsample(a, b, temporal) for a, b, temporal in zip(widths, widths[1:], spec.temporal[::-1], strict=False)
         )
@@ -179,9 +186,8 @@ class Decoder(nn.Module):
 
     def forward(self, latents: Tensor, history: History) -> Tensor:
         x = self.conv_in(latents, history)
-        for level, stage in enumerate(self.stages):
-            for block in stage:
-                x = block(x, history)
+        for level, blocks in enumerate(self.stages):
+            x = blocks(x, history)
             if level < len(self.ups):
                 x = self.ups[level](x, history)
         x = self.conv_out(F.silu(self.norm_out(x)), history)
@@ -214,7 +220,7 @@ class Vae(nn.Module):
         return (mean - self.latent_mean) / self.latent_std, history.next
 
     def decode(self, latents: Tensor, caches: Sequence[Tensor] | None = None) -> tuple[Tensor, list[Tensor]]:
-        """One chunk: normalised latents -> pixels and the caches for the chunk after; without caches the first frame."""
+        """One chunk: normalised latents -> pixels and the next caches; without caches the first frame."""
         history = History(caches)
         return self.decoder(latents * self.latent_std + self.latent_mean, history), history.next
 

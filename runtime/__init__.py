@@ -1,7 +1,7 @@
 """Runs compiled video diffusion transformers without PyTorch.
 
-    pipeline = Pipeline.open(EMBEDDED)
-    frames = pipeline.generate(Request("a red circle moves right on a white background"))
+pipeline = Pipeline.open(EMBEDDED)
+frames = pipeline.generate(Request("a red circle moves right on a white background"))
 """
 
 from .bundle import EMBEDDED, Bundle

@@ -36,7 +36,7 @@ class FileRecord:
 
 @dataclass(frozen=True)
 class Component:
-    """One graph: its file, how many parameters it uses, and its ports' shapes, where a string names a varying extent."""
+    """One graph: its file, how many parameters it uses, and its ports' shapes (strings name varying extents)."""
 
     graph: str
     parameters: int
@@ -100,7 +100,8 @@ class Bundle:
     def _from_manifest(cls, folder: Path, manifest: dict[str, Any]) -> Bundle:
         if manifest["schema"] != SCHEMA:
             raise UserError(
-                f"{folder} has bundle schema {manifest['schema']!r}, this tubelet reads {SCHEMA}; export the bundle again"
+                f"{folder} has bundle schema {manifest['schema']!r}, this tubelet reads {SCHEMA}; "
+                "export the bundle again"
             )
         return cls(
             folder=folder,
@@ -147,4 +148,6 @@ def _verify(folder: Path, name: str, expected: FileRecord) -> None:
             "copy the bundle again or export it again"
         )
     if record(path).sha256 != expected.sha256:
-        raise UserError(f"{path} does not match the manifest's hash: it is corrupt; copy the bundle again or export it again")
+        raise UserError(
+            f"{path} does not match the manifest's hash: it is corrupt; copy the bundle again or export it again"
+        )

@@ -7,7 +7,6 @@ signal n. Commands that need torch load `tubelet.export` when they are typed.
 from __future__ import annotations
 
 import dataclasses
-import json
 import signal
 import sys
 import time
@@ -28,7 +27,9 @@ if TYPE_CHECKING:
     from .pipeline import Frames, Generation, Pipeline
     from .request import Request
 
-app = typer.Typer(add_completion=False, no_args_is_help=True, pretty_exceptions_enable=False, help=__doc__.split("\n")[0])
+app = typer.Typer(
+    add_completion=False, no_args_is_help=True, pretty_exceptions_enable=False, help=__doc__.split("\n")[0]
+)
 out, err = Console(highlight=False, soft_wrap=True), Console(stderr=True, highlight=False, soft_wrap=True)
 
 BundleOption = Annotated[Path, typer.Option("--bundle", help="Bundle folder; the embedded model if not given.")]
@@ -54,7 +55,9 @@ def _stop(number: int, frame: object) -> NoReturn:
 @app.command()
 def generate(
     prompt: Annotated[str | None, typer.Argument(help="What the video shows.")] = None,
-    output: Annotated[Path, typer.Option("--output", "-o", help="File to write: .mp4, .webp, .gif, or .png.")] = Path("out.mp4"),
+    output: Annotated[Path, typer.Option("--output", "-o", help="File to write: .mp4, .webp, .gif, or .png.")] = Path(
+        "out.mp4"
+    ),
     prompts: Annotated[Path | None, typer.Option(help="Text file with one prompt a line, instead of PROMPT.")] = None,
     bundle: BundleOption = EMBEDDED,
     width: Annotated[int | None, typer.Option(help="Pixels.")] = None,
@@ -63,7 +66,9 @@ def generate(
     seconds: Annotated[float | None, typer.Option(help="Duration, instead of --frames.")] = None,
     fps: Annotated[float | None, typer.Option(help="Frames a second of the file; the model's if not given.")] = None,
     steps: Annotated[int | None, typer.Option(help="Denoising steps.")] = None,
-    guidance: Annotated[float | None, typer.Option(help="Classifier-free guidance; 1 is off and twice as fast.")] = None,
+    guidance: Annotated[
+        float | None, typer.Option(help="Classifier-free guidance; 1 is off and twice as fast.")
+    ] = None,
     sampler: Annotated[str | None, typer.Option(help="euler or unipc.")] = None,
     shift: Annotated[float | None, typer.Option(help="Moves noise levels towards noise.")] = None,
     negative_prompt: Annotated[str | None, typer.Option(help="What the video should not show.")] = None,
@@ -257,7 +262,7 @@ def export(
 ) -> None:
     """Compile a checkpoint into a bundle (needs the extra `export`)."""
     try:
-        from tubelet.export.build import build
+        from tubelet.export.build import build  # noqa: TID251 the one lazy exception
     except ImportError as error:
         raise UserError(f"exporting needs {error.name}; run pip install 'tubelet[export,cpu]'") from error
     with err.status("") as status:

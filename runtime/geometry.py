@@ -55,11 +55,12 @@ def plan(spec: ModelSpec, width: int, height: int, frames: int) -> Geometry:
     for name, value, step in zip(("width", "height"), (width, height), size_step(spec), strict=True):
         if value < step or value % step:
             nearest = max(step, (value + step // 2) // step * step)
-            raise UserError(f"{name} {value} is not a positive multiple of {step}; the nearest legal {name} is {nearest}")
+            raise UserError(
+                f"{name} {value} is not a positive multiple of {step}; the nearest legal {name} is {nearest}"
+            )
     if frames < 1 or (frames - 1) % frames_step(spec):
-        raise UserError(
-            f"frames {frames} is not 1 + {frames_step(spec)}*k; the nearest legal count is {_nearest_frames(spec, frames)}"
-        )
+        nearest = _nearest_frames(spec, frames)
+        raise UserError(f"frames {frames} is not 1 + {frames_step(spec)}*k; the nearest legal count is {nearest}")
     _, ph, pw = spec.denoiser.patch
     s = spec.vae.spatial_factor
     latent = (1 + (frames - 1) // spec.vae.temporal_factor, height // s, width // s)
@@ -73,7 +74,8 @@ def plan(spec: ModelSpec, width: int, height: int, frames: int) -> Geometry:
             else "use a smaller size"
         )
         raise UserError(
-            f"{width}x{height} with {frames} frames is {geometry.tokens} tokens, over the model's {spec.max_tokens}; {advice}"
+            f"{width}x{height} with {frames} frames is {geometry.tokens} tokens, "
+            f"over the model's {spec.max_tokens}; {advice}"
         )
     return geometry
 

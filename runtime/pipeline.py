@@ -24,7 +24,6 @@ from .errors import Cancelled, UserError
 from .geometry import Geometry, coordinate_columns, plan
 from .request import Request, Settings
 from .schedule import Schedule, make_schedule, time_features
-from .spec import ModelSpec
 from .text import PromptTokenizer
 
 Float32 = NDArray[np.float32]
@@ -64,7 +63,7 @@ class Generation:
 
     def save(self, path: str | Path) -> None:
         """Writes the sampler's state and the request as safetensors; `load` goes on from there bit for bit."""
-        from safetensors.numpy import save_file
+        from safetensors.numpy import save
 
         path = Path(path)
         partial = path.with_name(f".{path.name}.{os.getpid()}.partial")
@@ -74,7 +73,7 @@ class Generation:
             "bundle": self.bundle_key,
         }
         try:
-            save_file({"state": np.stack(self.state)}, partial, metadata)
+            partial.write_bytes(save({"state": np.stack(self.state)}, metadata))
             os.replace(partial, path)
         except OSError as error:
             raise UserError(f"cannot write {path}: {error.strerror}; choose a writable folder") from error
@@ -95,7 +94,9 @@ class Generation:
         except (OSError, SafetensorError, KeyError, TypeError, ValueError) as error:
             raise UserError(f"{path} is not a saved generation ({error}); generate again") from error
         if metadata.get("bundle") != pipeline.bundle.key:
-            raise UserError(f"{path} was saved with another bundle than {pipeline.bundle.folder}; open the one it came from")
+            raise UserError(
+                f"{path} was saved with another bundle than {pipeline.bundle.folder}; open the one it came from"
+            )
         generation = pipeline.prepare(Request(**vars(settings)))
         if state.shape != (len(generation.state), *generation.state[0].shape) or done > generation.schedule.steps:
             raise UserError(f"{path} does not fit its own request; generate again")
@@ -154,22 +155,22 @@ class Pipeline:
         batch = cross_k.shape[1]
         rope_cos, rope_sin = kernels.rope3d(geometry.grid, denoiser.head_size, theta=denoiser.theta)
         shape = (geometry.tokens, denoiser.token_values)
-        state = [np.zeros(shape, np.float32) for _ in range(schedule.buffers)]
+        state = [_zeros(shape) for _ in range(schedule.buffers)]
         kernels.pack(starting_noise(geometry, denoiser.latent_channels, settings.seed), denoiser.patch, out=state[0])
         inputs = {
-            "tokens": np.zeros((batch, geometry.tokens, denoiser.token_inputs), np.float32),
-            "time_features": np.zeros((batch, 2, denoiser.time_features), np.float32),
+            "tokens": _zeros((batch, geometry.tokens, denoiser.token_inputs)),
+            "time_features": _zeros((batch, 2, denoiser.time_features)),
             "rope_cos": rope_cos,
             "rope_sin": rope_sin,
             "cross_k": cross_k,
             "cross_v": cross_v,
         }
         if denoiser.two_levels:
-            inputs["known"] = np.zeros((batch, geometry.tokens), np.float32)
+            inputs["known"] = _zeros((batch, geometry.tokens))
         inputs["tokens"][:, :, : shape[1]] = state[0]
         if denoiser.coordinates:
             inputs["tokens"][:, :, shape[1] :] = coordinate_columns(geometry.grid)
-        velocity = {"velocity": np.empty((batch, *shape), np.float32)}
+        velocity = {"velocity": _zeros((batch, *shape))}
         levels = np.stack([schedule.timesteps, np.zeros(schedule.steps)], axis=1)  # [steps,2]: unknown, known
         return Generation(
             settings=settings,
@@ -227,8 +228,14 @@ def starting_noise(geometry: Geometry, channels: int, seed: int) -> Float32:
     return generator.standard_normal((channels, *geometry.latent), np.float32)
 
 
+def _zeros(shape: tuple[int, ...]) -> Float32:
+    """Zeros on the boundary that the kernels like."""
+    array = kernels.empty(shape, np.float32)
+    array.fill(0)
+    return array
+
+
 def _to_frames(pixels: Float32) -> Frames:
     """Float [1,3,T,H,W] in [-1,1] -> uint8 [T,H,W,3]."""
     scaled = np.clip((pixels[0] + 1) * 127.5, 0, 255)
     return np.ascontiguousarray(np.rint(scaled).astype(np.uint8).transpose(1, 2, 3, 0))
-

@@ -97,7 +97,7 @@ class VaeSpec:
     def __post_init__(self) -> None:
         _require(
             len(self.temporal) == len(self.widths) - 1,
-            f"vae.temporal needs {len(self.widths) - 1} entries for {len(self.widths)} widths, has {len(self.temporal)}",
+            f"vae.temporal needs {len(self.widths) - 1} entries, one less than vae.widths, has {len(self.temporal)}",
         )
         for a, b in zip(self.widths, self.widths[1:], strict=False):
             _require(
@@ -175,15 +175,19 @@ def _read(kind: Any, value: Any, where: str) -> Any:
         hints = typing.get_type_hints(kind)
         names = [field.name for field in dataclasses.fields(kind)]
         missing, unknown = sorted(set(names) - set(value)), sorted(set(value) - set(names))
-        _require(not missing and not unknown, f"{where} lacks {missing or 'nothing'} and has unknown {unknown or 'nothing'}")
-        return kind(**{name: _read(hints[name], value[name], f"{where}.{name}") for name in names})
+        _require(
+            not missing and not unknown, f"{where} lacks {missing or 'nothing'} and has unknown {unknown or 'nothing'}"
+        )
+        return typing.cast(Any, kind)(**{name: _read(hints[name], value[name], f"{where}.{name}") for name in names})
     if typing.get_origin(kind) is tuple:
         items = typing.get_args(kind)
         _require(isinstance(value, list | tuple), f"{where} must be a list, is {value!r}")
         if items[-1] is Ellipsis:
             items = (items[0],) * len(value)
         _require(len(items) == len(value), f"{where} must have {len(items)} entries, has {len(value)}")
-        return tuple(_read(item, entry, f"{where}[{i}]") for i, (item, entry) in enumerate(zip(items, value, strict=True)))
+        return tuple(
+            _read(item, entry, f"{where}[{i}]") for i, (item, entry) in enumerate(zip(items, value, strict=True))
+        )
     if kind is float and isinstance(value, int) and not isinstance(value, bool):
         value = float(value)
     _require(type(value) is kind, f"{where} must be {kind.__name__}, is {value!r}")

@@ -1,6 +1,6 @@
 """A damaged bundle is refused in one sentence that names the file and the remedy.
 
-    pytest tests/test_bundle.py
+pytest tests/test_bundle.py
 """
 
 from __future__ import annotations
@@ -40,7 +40,10 @@ def flip(path: Path) -> None:
         (lambda f: edit_manifest(f, lambda m: m.pop("files")), "bundle.json is damaged"),
         (lambda f: edit_manifest(f, lambda m: m.update(schema=99)), "has bundle schema 99, this tubelet reads 1"),
         (lambda f: edit_manifest(f, lambda m: m["spec"].pop("fps")), r"lacks \['fps'\]"),
-        (lambda f: edit_manifest(f, lambda m: m["files"].update({"../x": {"bytes": 1, "sha256": ""}})), "outside the bundle"),
+        (
+            lambda f: edit_manifest(f, lambda m: m["files"].update({"../x": {"bytes": 1, "sha256": ""}})),
+            "outside the bundle",
+        ),
         (lambda f: (f / "weights.safetensors").unlink(), "weights.safetensors is missing"),
         (lambda f: truncate(f / "weights.safetensors"), "truncated or changed"),
         (lambda f: flip(f / "weights.safetensors"), "does not match the manifest's hash"),

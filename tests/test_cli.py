@@ -1,11 +1,12 @@
-"""The command line as a user meets it: what it writes, what it says, exit codes, and that failures leave nothing behind.
+"""The command line as a user meets it: what it writes, what it says, exit codes, and no leftovers.
 
-    pytest tests/test_cli.py
+pytest tests/test_cli.py
 """
 
 from __future__ import annotations
 
 import json
+import re
 import signal
 import subprocess
 import sys
@@ -53,7 +54,7 @@ def test_generate_writes_the_video_and_says_so(tubelet, tmp_path: Path) -> None:
     assert result.code == 0, result.err
     assert "wrote red.mp4: 9 frames of 48x48, 0.38 s at 24 fps, seed 0" in result.out
     for stage in ("load", "text", "denoise", "decode", "write"):
-        assert f"{stage} 0." in result.out or f"{stage} 1." in result.out
+        assert re.search(rf"\b{stage} \d+\.\d\d s", result.out)
     frames, fps = read_frames(tmp_path / "red.mp4")
     assert frames.shape == (9, 48, 48, 3) and fps == 24
     assert [p.name for p in tmp_path.iterdir()] == ["red.mp4"]
@@ -68,7 +69,8 @@ def test_the_same_request_is_the_same_file(tubelet, tmp_path: Path) -> None:
 def test_prompts_count_sheet_and_json(tubelet, tmp_path: Path) -> None:
     (tmp_path / "list.txt").write_text("a red circle\n\n  a blue square \n")
     result = tubelet(
-        "generate", "--prompts", "list.txt", "--count", "2", "--seed", "5", "-o", "c.webp", "--sheet", "s.png", "--json", *SMALL
+        "generate", "--prompts", "list.txt", "--count", "2", "--seed", "5", "-o", "c.webp", "--sheet", "s.png",
+        "--json", *SMALL,
     )  # fmt: skip
 
     assert result.code == 0, result.err
@@ -85,7 +87,10 @@ def test_prompts_count_sheet_and_json(tubelet, tmp_path: Path) -> None:
 
 
 def test_seconds_and_fps(tubelet, tmp_path: Path) -> None:
-    assert tubelet("generate", PROMPT, "-o", "a.mp4", "--seconds", "0.7", "--fps", "12", *SMALL[:4], "--steps", "1").code == 0
+    assert (
+        tubelet("generate", PROMPT, "-o", "a.mp4", "--seconds", "0.7", "--fps", "12", *SMALL[:4], "--steps", "1").code
+        == 0
+    )
     frames, fps = read_frames(tmp_path / "a.mp4")
     assert len(frames) == 9 and fps == 12
 

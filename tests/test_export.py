@@ -1,6 +1,6 @@
 """Exporting: the embedded bundle comes out again, weights stay references, parity holds, damage is refused.
 
-    pytest tests/test_export.py
+pytest tests/test_export.py
 """
 
 from __future__ import annotations
@@ -44,7 +44,9 @@ def test_graphs_hold_no_weights_and_no_paths(path: Path) -> None:
     external = [t for t in model.graph.initializer if t.data_location == onnx.TensorProto.EXTERNAL]
     internal = [t for t in model.graph.initializer if t.data_location != onnx.TensorProto.EXTERNAL]
     assert external
-    assert {entry.value for t in external for entry in t.external_data if entry.key == "location"} == {"weights.safetensors"}
+    assert {entry.value for t in external for entry in t.external_data if entry.key == "location"} == {
+        "weights.safetensors"
+    }
     assert sum(len(t.SerializeToString()) for t in internal) < 20_000
     assert path.stat().st_size < 400_000
     assert b"/" + b"site-packages" not in path.read_bytes()
@@ -102,7 +104,14 @@ def test_weights_must_fit_the_spec(checkpoint: Path, tmp_path: Path, change, mes
 def test_damaged_checkpoints_are_refused(checkpoint: Path, tmp_path: Path) -> None:
     weights = checkpoint / "weights.safetensors"
     whole = weights.read_bytes()
-    for damaged in (b"", whole[:4], whole[:1000], whole[:-1], struct.pack("<Q", 2) + b"[]", struct.pack("<Q", 3) + b"{x}"):
+    for damaged in (
+        b"",
+        whole[:4],
+        whole[:1000],
+        whole[:-1],
+        struct.pack("<Q", 2) + b"[]",
+        struct.pack("<Q", 3) + b"{x}",
+    ):
         weights.write_bytes(damaged)
         with pytest.raises(UserError, match="is not a safetensors file"):
             read_header(weights)

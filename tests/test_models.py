@@ -102,7 +102,8 @@ def wan_to_ours(theirs: nn.Module) -> tuple[Denoiser, Conditioner]:
         block.offset.copy_(other.scale_shift_table[0])
         own, cross = block.self_attention, block.cross_attention
         pairs += [
-            (own.q, other.attn1.to_q), (own.k, other.attn1.to_k), (own.v, other.attn1.to_v), (own.o, other.attn1.to_out[0]),
+            (own.q, other.attn1.to_q), (own.k, other.attn1.to_k), (own.v, other.attn1.to_v),
+            (own.o, other.attn1.to_out[0]),
             (own.norm_q, other.attn1.norm_q), (own.norm_k, other.attn1.norm_k), (block.norm2, other.norm2),
             (cross.q, other.attn2.to_q), (cross.o, other.attn2.to_out[0]), (cross.norm_q, other.attn2.norm_q),
             (conditioner.k[i], other.attn2.to_k), (conditioner.v[i], other.attn2.to_v),

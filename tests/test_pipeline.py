@@ -1,6 +1,6 @@
 """The pipeline on the embedded model: parts, determinism, guidance, cancel, save and resume, streaming.
 
-    pytest tests/test_pipeline.py
+pytest tests/test_pipeline.py
 """
 
 from __future__ import annotations

@@ -1,6 +1,6 @@
 """Specs survive JSON and refuse nonsense; geometry accepts exactly the legal shapes and names the nearest one.
 
-    pytest tests/test_spec.py
+pytest tests/test_spec.py
 """
 
 from __future__ import annotations

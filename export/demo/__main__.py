@@ -41,7 +41,9 @@ def make(folder: Path) -> None:
 def write_checkpoint(spec: ModelSpec, folder: Path) -> None:
     """Joins both trainings' weights, in fp16, to the checkpoint that `tubelet export` reads."""
     weights = torch.load(folder / "denoiser.pt", weights_only=True)
-    weights |= {f"vae.{name}": tensor for name, tensor in torch.load(folder / "vae_refined.pt", weights_only=True).items()}
+    weights |= {
+        f"vae.{name}": tensor for name, tensor in torch.load(folder / "vae_refined.pt", weights_only=True).items()
+    }
     checkpoint = folder / "checkpoint"
     checkpoint.mkdir(exist_ok=True)
     save_file({name: tensor.half().contiguous() for name, tensor in weights.items()}, checkpoint / WEIGHTS)

@@ -13,7 +13,9 @@ from .world import vocabulary
 LATENT_CHANNELS = 8
 
 
-def vae_spec(mean: Sequence[float] = (0.0,) * LATENT_CHANNELS, std: Sequence[float] = (1.0,) * LATENT_CHANNELS) -> VaeSpec:
+def vae_spec(
+    mean: Sequence[float] = (0.0,) * LATENT_CHANNELS, std: Sequence[float] = (1.0,) * LATENT_CHANNELS
+) -> VaeSpec:
     return VaeSpec(
         latent_channels=LATENT_CHANNELS,
         pixel_patch=2,
@@ -64,7 +66,7 @@ def model_spec(mean: Sequence[float], std: Sequence[float]) -> ModelSpec:
 
 
 def tokenizer() -> Tokenizer:
-    """A word-level tokenizer of the world's words: lower case, punctuation apart, an end token; unknown words share one id."""
+    """Word-level over the world's words: lower case, punctuation apart, an end token; unknown words share one id."""
     words = {"<pad>": 0, "<end>": 1, "<unknown>": 2}
     words |= {word: i for i, word in enumerate(vocabulary(), start=len(words))}
     result = Tokenizer(models.WordLevel(words, unk_token="<unknown>"))

@@ -10,6 +10,7 @@ from __future__ import annotations
 import itertools
 import math
 from pathlib import Path
+from typing import cast
 
 import numpy as np
 import torch
@@ -86,12 +87,13 @@ def train(spec: VaeSpec, folder: Path) -> None:
         for module in vae.modules():
             if isinstance(module, ResidualBlock):
                 module.conv2.weight.zero_()
-        vae.encoder.conv_out.weight[spec.latent_channels :] *= 0.1
-        vae.encoder.conv_out.bias[spec.latent_channels :] = -5.0
+        narrow = slice(spec.latent_channels, None)
+        vae.encoder.conv_out.weight[narrow] *= 0.1
+        nn.init.constant_(vae.encoder.conv_out.get_parameter("bias")[narrow], -5.0)
     optimizers = Optimizers(vae, MUON_RATE, ADAMW_RATE)
     state = {"vae": vae, "average": average, "optimizers": optimizers}
     checkpoint = Checkpoint(folder / "vae_training.pt", state, every=400)
-    for step in checkpoint.steps(STEPS, {"held_out_psnr": lambda: _held_out_psnr(average.module)}):
+    for step in checkpoint.steps(STEPS, {"held_out_psnr": lambda: _held_out_psnr(cast(Vae, average.module))}):
         torch.manual_seed(step)
         pixels = train_batch(step).contiguous(memory_format=torch.channels_last_3d)
         mean, log_variance = whole(vae.encoder, pixels).chunk(2, dim=1)
@@ -106,7 +108,7 @@ def train(spec: VaeSpec, folder: Path) -> None:
         optimizers.step(rate(step))
         average.update_parameters(vae)
         checkpoint.log(step, loss=loss.item(), kl=kl.item(), mse=error.square().mean().item())
-    trained = average.module
+    trained = cast(Vae, average.module)
     mean, std = _latent_statistics(trained)
     trained.latent_mean.copy_(mean.reshape(trained.latent_mean.shape))
     trained.latent_std.copy_(std.reshape(trained.latent_std.shape))
@@ -125,7 +127,7 @@ def refine_decoder(spec: VaeSpec, folder: Path) -> None:
     optimizers = Optimizers(decoder, MUON_RATE / 2, ADAMW_RATE / 2)
     state = {"vae": vae, "average": average, "optimizers": optimizers}
     checkpoint = Checkpoint(folder / "decoder_training.pt", state, every=400)
-    for step in checkpoint.steps(REFINE_STEPS, {"held_out_psnr": lambda: _held_out_psnr(average.module)}):
+    for step in checkpoint.steps(REFINE_STEPS, {"held_out_psnr": lambda: _held_out_psnr(cast(Vae, average.module))}):
         torch.manual_seed(500_000 + step)
         pixels = train_batch(STEPS + step).contiguous(memory_format=torch.channels_last_3d)
         with torch.no_grad():

@@ -116,7 +116,8 @@ class Optimizers:
     """Muon for the matrices inside the network, AdamW for its ends, norms and biases."""
 
     def __init__(self, model: nn.Module, muon_rate: float, adamw_rate: float):
-        inner, rest = [], []
+        inner: list[nn.Parameter] = []
+        rest: list[nn.Parameter] = []
         for name, parameter in model.named_parameters():
             is_matrix = name.endswith("weight") and parameter.ndim in (2, 5)
             is_end = any(end in name for end in ("conv_in", "conv_out", "embed", "_out", "time_", "bias"))

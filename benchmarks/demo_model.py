@@ -1,0 +1,92 @@
+"""How often the embedded model draws what the prompt says.
+
+    python benchmarks/demo_model.py [--count 200] [--steps N] [--guidance G] [--sheet sheet.png]
+
+Prompts are drawn with a fixed seed from all scenes, held-out ones included, and sampled with the default settings. The
+scorer sees the frames alone. Two sets: sizes and durations that were trained, and 64x112 with 41 frames, which were
+not. Also the VAE's PSNR on held-out clips. The last line is one JSON object.
+"""
+
+from __future__ import annotations
+
+import argparse
+import itertools
+import json
+from pathlib import Path
+
+import numpy as np
+
+from tubelet.export.demo.score import evaluation_set, score
+from tubelet.export.demo.train_vae import held_out_clips, psnr
+from tubelet.runtime import EMBEDDED, Pipeline, Request, VideoWriter
+from tubelet.runtime.engines import OnnxRuntimeEngine
+from tubelet.runtime.sheet import contact_sheet
+
+TRAINED = (
+    (64, 64, 33),
+    (48, 48, 17),
+    (64, 48, 33),
+    (48, 64, 33),
+    (80, 48, 17),
+    (64, 80, 33),
+    (96, 64, 17),
+    (96, 96, 33),
+)
+UNSEEN = ((64, 112, 41), (112, 64, 41))
+SEED = 2026
+
+
+def encode(bundle: Path, clip: np.ndarray) -> np.ndarray:
+    """uint8 [T,H,W,3] -> normalised latent [C,T',H',W']."""
+    pixels = (clip.astype(np.float32) / 127.5 - 1).transpose(3, 0, 1, 2)[None]
+    first = OnnxRuntimeEngine(bundle / "vae_encoder_first.onnx")({"pixels": pixels[:, :, :1]})
+    latents = first.pop("latents")
+    caches = {name.removeprefix("next_"): cache for name, cache in first.items()}
+    rest = OnnxRuntimeEngine(bundle / "vae_encoder.onnx")({"pixels": pixels[:, :, 1:], **caches})["latents"]
+    return np.concatenate([latents, rest], axis=2)[0]
+
+
+def reconstruction_psnr(pipeline: Pipeline, count: int) -> float:
+    """Mean PSNR in dB over clips of scenes that were never trained."""
+    values = []
+    for _, clip in held_out_clips(count):
+        latent = encode(pipeline.bundle.folder, clip)
+        values.append(psnr(clip, np.concatenate(list(pipeline.decode_latent(latent)))))
+    return float(np.mean(values))
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--bundle", type=Path, default=EMBEDDED)
+    parser.add_argument("--count", type=int, default=200)
+    parser.add_argument("--steps", type=int)
+    parser.add_argument("--guidance", type=float)
+    parser.add_argument("--shift", type=float)
+    parser.add_argument("--sheet", type=Path)
+    options = parser.parse_args()
+    pipeline = Pipeline.open(options.bundle)
+    result: dict[str, object] = {"vae_psnr_db": reconstruction_psnr(pipeline, 32)}
+    rows = []
+    for name, shapes in (("trained", TRAINED), ("unseen", UNSEEN)):
+        scores = []
+        for number, ((prompt, scene), (width, height, frames)) in enumerate(
+            zip(evaluation_set(options.count, SEED), itertools.cycle(shapes), strict=False)
+        ):
+            request = Request(
+                prompt, None, width, height, frames, options.steps, options.guidance, None, options.shift, seed=number
+            )
+            clip = pipeline.generate(request)
+            scores.append(score(clip, scene))
+            if number < 12:
+                rows.append((clip, f"{prompt} {'' if scores[-1]['all'] else 'WRONG'}"))
+        result[name] = {key: float(np.mean([s[key] for s in scores])) for key in scores[0]}
+        print(name, result[name], flush=True)
+    if options.sheet:
+        image = contact_sheet([clip for clip, _ in rows], [label for _, label in rows])
+        with VideoWriter(options.sheet, image.shape[1], image.shape[0], 1) as writer:
+            writer.write(image[None])
+    print(json.dumps(result))
+
+
+if __name__ == "__main__":
+    main()
