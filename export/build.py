@@ -15,7 +15,17 @@ from pathlib import Path
 import onnx_ir as ir
 import torch
 
-from tubelet.runtime.bundle import TOKENIZER, WEIGHTS, Bundle, Component, record
+from tubelet.runtime.bundle import (
+    SCHEMA,
+    TOKENIZER,
+    WEIGHTS,
+    Bundle,
+    Component,
+    Manifest,
+    content_key,
+    record,
+    write_manifest,
+)
 from tubelet.runtime.errors import UserError
 
 from .checkpoint import Checkpoint
@@ -45,20 +55,24 @@ def build(source: Path, output: Path, on_stage: Callable[[str], None] = lambda s
             shutil.copyfile(source / name, partial / name)
         on_stage("measure parity")
         parity = measure(checkpoint, partial)
-        bundle = Bundle(
-            folder=partial,
-            spec=checkpoint.spec,
-            files={path.name: record(path) for path in sorted(partial.iterdir())},
-            components=graphs,
-            parity=tuple(parity),
+        files = {path.name: record(path) for path in sorted(partial.iterdir())}
+        manifest = Manifest(
+            schema=SCHEMA,
+            key=content_key(checkpoint.spec, files),
             provenance={"torch": torch.__version__.split("+")[0], "onnx_ir": ir.__version__},
+            targets=("cpu",),
+            spec=checkpoint.spec,
+            components=graphs,
+            files=files,
+            parity=tuple(parity),
         )
-        bundle.write_manifest()
+        write_manifest(partial, manifest)
         partial.chmod(0o755)
         os.rename(partial, output)
-    except BaseException:
+    except OSError as error:
+        raise UserError(f"cannot write {output}: {error.strerror}; free space or choose another folder") from error
+    finally:
         shutil.rmtree(partial, ignore_errors=True)
-        raise
     return Bundle.open(output)
 
 
@@ -80,7 +94,7 @@ def write_graphs(
         written[component.name] = Component(
             graph=f"{component.name}.onnx",
             parameters=sum(int(c.size) for c in constants if isinstance(c, ir.ExternalTensor)),
-            inputs={name: list(port.shape) for name, port in component.inputs.items()},
-            outputs={name: list(port.shape) for name, port in component.outputs.items()},
+            inputs={name: port.shape for name, port in component.inputs.items()},
+            outputs={name: port.shape for name, port in component.outputs.items()},
         )
     return written

@@ -11,6 +11,7 @@ says what they are.
 from __future__ import annotations
 
 import json
+import math
 import struct
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -21,8 +22,10 @@ import torch
 from tubelet.runtime.bundle import TOKENIZER, WEIGHTS
 from tubelet.runtime.errors import UserError
 from tubelet.runtime.spec import ModelSpec
+from tubelet.runtime.text import PromptTokenizer
 
 SPEC = "spec.json"
+ITEM_BYTES = {"F32": 4, "F16": 2, "BF16": 2}
 
 
 @dataclass(frozen=True)
@@ -49,8 +52,9 @@ class Checkpoint:
                 raise UserError(f"{folder} is not a checkpoint: it has no {name}")
         try:
             spec = ModelSpec.from_json(json.loads((folder / SPEC).read_text(encoding="utf-8")))
-        except (UnicodeDecodeError, json.JSONDecodeError) as error:
-            raise UserError(f"{folder / SPEC} is not JSON ({error}); write it again") from error
+        except (UserError, UnicodeDecodeError, json.JSONDecodeError) as error:
+            raise UserError(f"{folder / SPEC} is not usable: {error}; write it again") from error
+        PromptTokenizer.from_file(folder / TOKENIZER, spec.text_encoder.length)
         return cls(folder, spec, read_header(folder / WEIGHTS))
 
     def check(self, expected: Mapping[str, torch.Size]) -> None:
@@ -83,9 +87,14 @@ def read_header(path: Path) -> dict[str, StoredTensor]:
         tensors = {}
         for name, entry in header.items():
             begin, end = entry["data_offsets"]
-            tensors[name] = StoredTensor(entry["dtype"], tuple(entry["shape"]), 8 + length + begin, end - begin)
+            tensor = StoredTensor(entry["dtype"], tuple(entry["shape"]), 8 + length + begin, end - begin)
+            if tensor.dtype not in ITEM_BYTES:
+                raise ValueError(f"{name} is {tensor.dtype}, must be one of {', '.join(ITEM_BYTES)}")
+            if tensor.bytes != ITEM_BYTES[tensor.dtype] * math.prod(tensor.shape):
+                raise ValueError(f"{name} has {tensor.bytes} bytes, not those of {list(tensor.shape)}")
             if 8 + length + end > path.stat().st_size:
                 raise ValueError(f"the bytes of {name} are truncated")
-    except (struct.error, ValueError, KeyError, TypeError) as error:
-        raise UserError(f"{path} is not a safetensors file ({error}); copy it again") from error
+            tensors[name] = tensor
+    except (struct.error, ValueError, KeyError, TypeError, AttributeError) as error:
+        raise UserError(f"{path} is not a usable safetensors file ({error}); copy it again") from error
     return tensors

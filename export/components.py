@@ -28,6 +28,7 @@ class Port:
 
     shape: tuple[int | str, ...]
     dtype: torch.dtype = torch.float32
+    below: int = 2  # an integer port holds 0 up to this
 
     def sizes(self, extents: Extents) -> list[int]:
         """The shape where the named extents are these."""
@@ -37,9 +38,9 @@ class Port:
         ]
 
     def example(self, extents: Extents) -> Tensor:
-        """Standard normal values, or zeros and ones for an integer port."""
+        """Standard normal values, or random numbers in an integer port's range."""
         sizes = self.sizes(extents)
-        return torch.randint(0, 2, sizes) if self.dtype == torch.int64 else torch.randn(sizes)
+        return torch.randint(0, self.below, sizes) if self.dtype == torch.int64 else torch.randn(sizes)
 
 
 @dataclass(frozen=True)
@@ -66,7 +67,8 @@ def build_modules(spec: ModelSpec) -> dict[str, nn.Module]:
 def components(spec: ModelSpec, modules: Mapping[str, nn.Module]) -> list[Component]:
     """All graphs of a model, in the order in which a request meets them."""
     length = spec.text_encoder.length
-    ids = Port(("B", "L"), torch.int64)
+    ids = Port(("B", "L"), torch.int64, spec.text_encoder.vocabulary)
+    mask = Port(("B", "L"), torch.int64)
     texts = tuple({"B": b, "L": n} for b, n in ((2, length), (1, length), (3, 5)))
     embeddings = Port(("B", "L", spec.text_encoder.width))
     cross = Port((spec.denoiser.depth, "B", spec.denoiser.heads, "L", spec.denoiser.head_size))
@@ -80,7 +82,7 @@ def components(spec: ModelSpec, modules: Mapping[str, nn.Module]) -> list[Compon
             "text_encoder",
             "text_encoder.",
             modules["text_encoder"],
-            {"ids": ids, "mask": ids},
+            {"ids": ids, "mask": mask},
             {"embeddings": embeddings},
             texts,
         ),

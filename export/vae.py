@@ -225,10 +225,18 @@ class Vae(nn.Module):
         return self.decoder(latents * self.latent_std + self.latent_mean, history), history.next
 
 
+def stream(half: nn.Module, x: Tensor, caches: Sequence[Tensor] | None = None) -> tuple[Tensor, list[Tensor]]:
+    """Runs an Encoder or Decoder over a clip, or over what follows `caches`; returns the next caches too."""
+    parts = []
+    for chunk in (x[:, :, :1], x[:, :, 1:]) if caches is None else (x,):
+        if chunk.shape[2]:
+            history = History(caches)
+            parts.append(half(chunk, history))
+            caches = history.next
+    assert caches is not None
+    return torch.cat(parts, dim=2), list(caches)
+
+
 def whole(half: nn.Module, x: Tensor) -> Tensor:
     """Runs an Encoder or Decoder over a whole clip: the first frame, then all others at once."""
-    history = History(None)
-    first = half(x[:, :, :1], history)
-    if x.shape[2] == 1:
-        return first
-    return torch.cat([first, half(x[:, :, 1:], History(history.next))], dim=2)
+    return stream(half, x)[0]

@@ -11,21 +11,34 @@ never unpickles, and no path from a manifest leaves the folder.
 
 from __future__ import annotations
 
+import dataclasses
 import hashlib
 import json
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 from .errors import UserError
 from .spec import ModelSpec
+from .strict import read
 
 SCHEMA = 1
 MANIFEST = "bundle.json"
 WEIGHTS = "weights.safetensors"
 TOKENIZER = "tokenizer.json"
 EMBEDDED = Path(__file__).parent / "demo"
+
+
+Shape = tuple[int | str, ...]
+COMPONENTS = (
+    "text_encoder",
+    "conditioner",
+    "denoiser",
+    "vae_decoder_first",
+    "vae_decoder",
+    "vae_encoder_first",
+    "vae_encoder",
+)
 
 
 @dataclass(frozen=True)
@@ -40,8 +53,8 @@ class Component:
 
     graph: str
     parameters: int
-    inputs: Mapping[str, list[int | str]]
-    outputs: Mapping[str, list[int | str]]
+    inputs: Mapping[str, Shape]
+    outputs: Mapping[str, Shape]
 
 
 @dataclass(frozen=True)
@@ -56,27 +69,58 @@ class ParityRow:
 
 
 @dataclass(frozen=True)
-class Bundle:
-    folder: Path
-    spec: ModelSpec
-    files: Mapping[str, FileRecord]
-    components: Mapping[str, Component]
-    parity: tuple[ParityRow, ...]
+class Manifest:
+    """What bundle.json says."""
+
+    schema: int
+    key: str  # names the content: see `content_key`
     provenance: Mapping[str, str]
+    targets: tuple[str, ...]  # what the bundle can run on; "cpu" needs nothing but the graphs
+    spec: ModelSpec
+    components: Mapping[str, Component]
+    files: Mapping[str, FileRecord]
+    parity: tuple[ParityRow, ...]
+
+    def check(self) -> None:
+        """Raises UserError when the parts do not fit each other."""
+        if missing := sorted(set(COMPONENTS) - set(self.components)):
+            raise UserError(f"it lacks the components {', '.join(missing)}")
+        used = {WEIGHTS, TOKENIZER, *(component.graph for component in self.components.values())}
+        if unlisted := sorted(used - set(self.files)):
+            raise UserError(f"it does not list the files {', '.join(unlisted)}")
+        for name in self.files:
+            if Path(name).name != name:
+                raise UserError(f"it names the file {name!r}, which is outside the bundle")
+        if self.key != content_key(self.spec, self.files):
+            raise UserError("its key does not match its content, so it was changed")
+
+
+def content_key(spec: ModelSpec, files: Mapping[str, FileRecord]) -> str:
+    """SHA-256 over schema, spec, and the hash of every file."""
+    content = [SCHEMA, dataclasses.asdict(spec), {name: record.sha256 for name, record in files.items()}]
+    return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
+
+
+@dataclass(frozen=True)
+class Bundle:
+    """A folder whose files are what its manifest says."""
+
+    folder: Path
+    manifest: Manifest
+
+    @property
+    def spec(self) -> ModelSpec:
+        return self.manifest.spec
 
     @property
     def key(self) -> str:
-        """Names the content: schema, spec, and the hash of every file."""
-        content = [SCHEMA, self.spec.to_json(), {name: record.sha256 for name, record in self.files.items()}]
-        return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
-
-    @property
-    def targets(self) -> tuple[str, ...]:
-        """What the bundle can run on: every bundle runs on the CPU."""
-        return ("cpu",)
+        return self.manifest.key
 
     def path(self, name: str) -> Path:
         return self.folder / name
+
+    def graph(self, component: str) -> Path:
+        return self.folder / self.manifest.components[component].graph
 
     @classmethod
     def open(cls, folder: str | Path) -> Bundle:
@@ -84,49 +128,35 @@ class Bundle:
 
         Raises UserError that names the folder or file, what is wrong with it, and the remedy.
         """
-        folder = Path(folder)
-        if not (folder / MANIFEST).is_file():
-            raise UserError(f"{folder} is not a bundle: it has no {MANIFEST}; make one with `tubelet export`")
+        path = Path(folder) / MANIFEST
         try:
-            manifest = json.loads((folder / MANIFEST).read_text(encoding="utf-8"))
-            bundle = cls._from_manifest(folder, manifest)
-        except (KeyError, TypeError, AttributeError, UnicodeDecodeError, json.JSONDecodeError) as error:
-            raise UserError(f"{folder / MANIFEST} is damaged ({error!r}); export the bundle again") from error
-        for name, record in bundle.files.items():
-            _verify(folder, name, record)
-        return bundle
+            if not path.is_file():
+                raise UserError(f"{folder} is not a bundle: it has no {MANIFEST}; make one with `tubelet export`")
+            manifest = _read_manifest(path)
+            for name, expected in manifest.files.items():
+                _verify(path.with_name(name), expected)
+        except OSError as error:
+            raise UserError(f"cannot read {error.filename}: {error.strerror}; make the bundle readable") from error
+        return cls(path.parent, manifest)
 
-    @classmethod
-    def _from_manifest(cls, folder: Path, manifest: dict[str, Any]) -> Bundle:
-        if manifest["schema"] != SCHEMA:
-            raise UserError(
-                f"{folder} has bundle schema {manifest['schema']!r}, this tubelet reads {SCHEMA}; "
-                "export the bundle again"
-            )
-        return cls(
-            folder=folder,
-            spec=ModelSpec.from_json(manifest["spec"]),
-            files={name: FileRecord(**record) for name, record in manifest["files"].items()},
-            components={name: Component(**component) for name, component in manifest["components"].items()},
-            parity=tuple(ParityRow(**row) for row in manifest["parity"]),
-            provenance=manifest["provenance"],
-        )
 
-    def to_json(self) -> dict[str, Any]:
-        """The manifest."""
-        return {
-            "schema": SCHEMA,
-            "key": self.key,
-            "provenance": dict(self.provenance),
-            "spec": self.spec.to_json(),
-            "components": {name: vars(component) for name, component in self.components.items()},
-            "files": {name: vars(record) for name, record in self.files.items()},
-            "parity": [vars(row) for row in self.parity],
-        }
+def _read_manifest(path: Path) -> Manifest:
+    try:
+        value = json.loads(path.read_text(encoding="utf-8"))
+        schema = value.get("schema") if isinstance(value, dict) else None
+        if schema != SCHEMA:
+            raise UserError(f"it has schema {schema!r}, this tubelet reads {SCHEMA}")
+        manifest = read(Manifest, value, "manifest")
+        manifest.check()
+    except (UserError, UnicodeDecodeError, RecursionError, json.JSONDecodeError) as error:
+        raise UserError(f"{path} is not usable: {error}; export the bundle again") from error
+    return manifest
 
-    def write_manifest(self) -> None:
-        """Writes bundle.json; every other file must be in place."""
-        (self.folder / MANIFEST).write_text(json.dumps(self.to_json(), indent=1) + "\n", encoding="utf-8")
+
+def write_manifest(folder: Path, manifest: Manifest) -> None:
+    """Writes bundle.json; every other file must be in place."""
+    text = json.dumps(dataclasses.asdict(manifest), indent=1)
+    (folder / MANIFEST).write_text(text + "\n", encoding="utf-8")
 
 
 def record(path: Path) -> FileRecord:
@@ -135,19 +165,14 @@ def record(path: Path) -> FileRecord:
         return FileRecord(path.stat().st_size, hashlib.file_digest(file, "sha256").hexdigest())
 
 
-def _verify(folder: Path, name: str, expected: FileRecord) -> None:
-    if Path(name).name != name or name in ("", ".", ".."):
-        raise UserError(f"{folder / MANIFEST} names the file {name!r} outside the bundle; do not use this bundle")
-    path = folder / name
-    if not path.is_file():
-        raise UserError(f"{path} is missing; copy the bundle again or export it again")
+def _verify(path: Path, expected: FileRecord) -> None:
+    remedy = "copy the bundle again or export it again"
+    if path.is_symlink() or not path.is_file():
+        raise UserError(f"{path} is missing or a link; {remedy}")
     size = path.stat().st_size
     if size != expected.bytes:
         raise UserError(
-            f"{path} has {size} bytes, the manifest says {expected.bytes}: it is truncated or changed; "
-            "copy the bundle again or export it again"
+            f"{path} has {size} bytes, the manifest says {expected.bytes}: it is truncated or changed; {remedy}"
         )
     if record(path).sha256 != expected.sha256:
-        raise UserError(
-            f"{path} does not match the manifest's hash: it is corrupt; copy the bundle again or export it again"
-        )
+        raise UserError(f"{path} does not match the manifest's hash: it is corrupt; {remedy}")

@@ -7,6 +7,8 @@ signal n. Commands that need torch load `tubelet.export` when they are typed.
 from __future__ import annotations
 
 import dataclasses
+import io
+import os
 import signal
 import sys
 import time
@@ -32,12 +34,18 @@ app = typer.Typer(
 )
 out, err = Console(highlight=False, soft_wrap=True), Console(stderr=True, highlight=False, soft_wrap=True)
 
+SHEET_COLUMNS = 6
+MAX_CLIPS = 10_000
+MIN_FPS, MAX_FPS = 0.01, 1000.0
 BundleOption = Annotated[Path, typer.Option("--bundle", help="Bundle folder; the embedded model if not given.")]
 
 
 def main() -> None:
     """Entry point: runs a command; a usage error exits with 2 by typer's own hand, a UserError by ours."""
-    for number in (signal.SIGINT, signal.SIGTERM):
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="backslashreplace")  # a file name need not be valid text
+    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
         signal.signal(number, _stop)
     try:
         app()
@@ -67,40 +75,43 @@ def generate(
     fps: Annotated[float | None, typer.Option(help="Frames a second of the file; the model's if not given.")] = None,
     steps: Annotated[int | None, typer.Option(help="Denoising steps.")] = None,
     guidance: Annotated[
-        float | None, typer.Option(help="Classifier-free guidance; 1 is off and twice as fast.")
+        float | None, typer.Option(help="Classifier-free guidance; 1 is off and halves the work.")
     ] = None,
     sampler: Annotated[str | None, typer.Option(help="euler or unipc.")] = None,
     shift: Annotated[float | None, typer.Option(help="Moves noise levels towards noise.")] = None,
     negative_prompt: Annotated[str | None, typer.Option(help="What the video should not show.")] = None,
     seed: Annotated[int, typer.Option(help="The same seed makes the same video.")] = 0,
     count: Annotated[int, typer.Option(min=1, help="Clips a prompt, with seeds SEED, SEED+1, ...")] = 1,
-    threads: Annotated[int | None, typer.Option(min=1, help="CPU threads; all cores if not given.")] = None,
+    threads: Annotated[
+        int | None, typer.Option(min=1, help="CPU threads of the engines; all cores if not given.")
+    ] = None,
     sheet: Annotated[Path | None, typer.Option(help="Also write a contact sheet PNG of all clips.")] = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object instead of text.")] = False,
 ) -> None:
     """Make a video from a prompt."""
     from .geometry import frames_for
+    from .pipeline import Pipeline
     from .request import Request
 
-    spec = Bundle.open(bundle).spec
     if seconds is not None and frames is not None:
         raise UserError("--seconds and --frames exclude each other; give one")
-    rate = float(spec.fps) if fps is None else fps
-    if not 0 < rate <= 1000:
-        raise UserError(f"--fps must be above 0 and at most 1000, is {rate:g}")
+    texts = _read_prompts(prompt, prompts)
+    paths = _output_paths(output, len(texts) * count, sheet)
+    clock = Clock()
+    with clock("load"):
+        pipeline = Pipeline.open(bundle, threads)
+    rate = float(pipeline.spec.fps) if fps is None else fps
+    if not MIN_FPS <= rate <= MAX_FPS:
+        raise UserError(f"--fps must be from {MIN_FPS:g} to {MAX_FPS:g}, is {rate:g}")
     if seconds is not None:
         if not 0 < seconds <= 86400:
             raise UserError(f"--seconds must be above 0 and at most 86400, is {seconds:g}")
-        frames = frames_for(spec, seconds, rate)
+        frames = frames_for(pipeline.spec, seconds, rate)
     request = Request("", negative_prompt, width, height, frames, steps, guidance, sampler, shift, seed)
-    texts = _read_prompts(prompt, prompts)
     requests = [dataclasses.replace(request, prompt=t, seed=seed + k) for t in texts for k in range(count)]
-    paths = _numbered(output, len(requests))
-    if sheet is not None and sheet.suffix != ".png":
-        raise UserError(f"--sheet writes a PNG; name it {sheet.with_suffix('.png')} instead of {sheet}")
-    made = _generate_all(bundle, requests, paths, rate, threads, sheet)
+    made = _generate_all(pipeline, requests, paths, rate, clock, sheet)
     if as_json:
-        out.print_json(data={"clips": made})
+        out.print_json(data={"clips": made, "sheet": str(sheet) if sheet else None})
         return
     for clip in made:
         stages = ", ".join(f"{name} {value:.2f} s" for name, value in clip["seconds"].items())
@@ -109,6 +120,8 @@ def generate(
             f"{clip['frames'] / rate:.2f} s at {rate:g} fps, seed {clip['seed']} ({stages})",
             markup=False,
         )
+    if sheet:
+        out.print(f"wrote {sheet}: {len(made)} rows", markup=False)
 
 
 def _read_prompts(prompt: str | None, file: Path | None) -> list[str]:
@@ -118,7 +131,7 @@ def _read_prompts(prompt: str | None, file: Path | None) -> list[str]:
         assert prompt is not None
         return [prompt]
     try:
-        lines = file.read_text(encoding="utf-8").splitlines()
+        lines = file.read_text(encoding="utf-8-sig").split("\n")
     except OSError as error:
         raise UserError(f"cannot read {file}: {error.strerror}") from error
     except UnicodeDecodeError as error:
@@ -129,21 +142,50 @@ def _read_prompts(prompt: str | None, file: Path | None) -> list[str]:
     return texts
 
 
-def _numbered(path: Path, count: int) -> list[Path]:
-    """out.mp4 for one clip; out-1.mp4, out-2.mp4, ... for several."""
+def _output_paths(path: Path, count: int, sheet: Path | None) -> list[Path]:
+    """out.mp4 for one clip; out-1.mp4, out-2.mp4, ... for several. Raises UserError for one that cannot be written."""
+    from .sheet import MAX_ROWS
+    from .video import codec_for
+
+    codec_for(path)
+    if count > MAX_CLIPS:
+        raise UserError(
+            f"{count} clips are more than the {MAX_CLIPS} of one command; give fewer prompts or a lower --count"
+        )
     digits = len(str(count))
-    return [path] if count == 1 else [path.with_stem(f"{path.stem}-{i:0{digits}}") for i in range(1, count + 1)]
+    paths = [path] if count == 1 else [path.with_stem(f"{path.stem}-{i:0{digits}}") for i in range(1, count + 1)]
+    if sheet is not None:
+        if sheet.suffix.lower() != ".png":
+            raise UserError(f"--sheet writes a PNG, so its name must end in .png, is {str(sheet)!r}")
+        if sheet in paths:
+            raise UserError(f"--sheet {sheet} is also the name of a clip; choose another")
+        if count > MAX_ROWS:
+            raise UserError(
+                f"--sheet holds up to {MAX_ROWS} clips, these are {count}; leave it out or make fewer clips"
+            )
+    for target in paths + ([sheet] if sheet else []):
+        _check_writable(target)
+    return paths
+
+
+def _check_writable(path: Path) -> None:
+    try:
+        if path.exists() and path.is_dir():
+            raise UserError(f"cannot write {path}: it is a folder; give a file name inside it")
+    except OSError as error:
+        raise UserError(f"cannot write {path}: {error.strerror}; choose another name") from error
+    if not os.access(path.parent, os.W_OK):
+        raise UserError(f"cannot write {path}: {path.parent} is not a writable folder; create it or choose another")
 
 
 def _generate_all(
-    bundle: Path, requests: list[Request], paths: list[Path], rate: float, threads: int | None, sheet: Path | None
+    pipeline: Pipeline, requests: list[Request], paths: list[Path], rate: float, clock: Clock, sheet: Path | None
 ) -> list[dict[str, Any]]:
-    """Makes every clip and returns what the last lines say of each."""
-    from .pipeline import Pipeline
+    """Makes every clip and returns what the last lines say of each. A request that cannot be served fails first."""
+    from .video import check_length
 
-    clock = Clock()
-    with clock("load"):
-        pipeline = Pipeline.open(bundle, threads)
+    for request, path in zip(requests, paths, strict=True):
+        check_length(path, pipeline.check(request)[0].frames)
     made, rows = [], []
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
     with Progress(*columns, console=err, transient=True) as progress:
@@ -151,9 +193,10 @@ def _generate_all(
             label = f"[{number}/{len(requests)}] " if len(requests) > 1 else ""
             with clock("text"):
                 generation = pipeline.prepare(request)
-            frames = _write_clip(pipeline, generation, path, rate, clock, progress, label)
-            if sheet is not None:
-                rows.append((frames, f"{request.prompt} (seed {request.seed})"))
+            thumbnails = Thumbnails(generation.geometry.frames) if sheet else None
+            _write_clip(pipeline, generation, path, rate, clock, progress, label, thumbnails)
+            if thumbnails is not None:
+                rows.append((thumbnails, f"{request.prompt} (seed {request.seed})"))
             settings = dataclasses.asdict(generation.settings)
             made.append({"path": str(path), **settings, "fps": rate, "seconds": clock.take()})
     if sheet is not None:
@@ -162,15 +205,20 @@ def _generate_all(
 
 
 def _write_clip(
-    pipeline: Pipeline, generation: Generation, path: Path, rate: float, clock: Clock, progress: Progress, label: str
-) -> list[Frames]:
-    """Denoises, decodes and writes one clip; returns a few of its frames. An unwritable path fails before any work."""
-    from .video import VideoWriter, check_length
+    pipeline: Pipeline,
+    generation: Generation,
+    path: Path,
+    rate: float,
+    clock: Clock,
+    progress: Progress,
+    label: str,
+    thumbnails: Thumbnails | None,
+) -> None:
+    """Denoises, decodes and writes one clip."""
+    from .video import VideoWriter
 
     size = generation.geometry
-    check_length(path, size.frames)
     task = progress.add_task(f"{label}denoise", total=generation.schedule.steps)
-    kept: list[Frames] = []
     with VideoWriter(path, size.width, size.height, rate) as writer:
         while not generation.finished:
             with clock("denoise"):
@@ -185,21 +233,35 @@ def _write_clip(
                 break
             with clock("write"):
                 writer.write(chunk)
-            kept.append(chunk[-1:])
+            if thumbnails is not None:
+                thumbnails.add(chunk)
             progress.advance(task, len(chunk))
         with clock("write"):
             writer.close()
     progress.remove_task(task)
-    return kept
 
 
-def _write_sheet(path: Path, rows: list[tuple[list[Frames], str]]) -> None:
+class Thumbnails:
+    """Picks a contact sheet's frames out of a stream of chunks."""
+
+    def __init__(self, frames: int):
+        self.wanted = {round(i * (frames - 1) / (SHEET_COLUMNS - 1)) for i in range(SHEET_COLUMNS)}
+        self.seen = 0
+        self.kept: list[Frames] = []
+
+    def add(self, chunk: Frames) -> None:
+        self.kept += [chunk[i : i + 1].copy() for i in range(len(chunk)) if self.seen + i in self.wanted]
+        self.seen += len(chunk)
+
+
+def _write_sheet(path: Path, rows: list[tuple[Thumbnails, str]]) -> None:
     import numpy as np
 
     from .sheet import contact_sheet
     from .video import VideoWriter
 
-    image = contact_sheet([np.concatenate(frames) for frames, _ in rows], [label for _, label in rows])
+    clips = [np.concatenate(thumbnails.kept) for thumbnails, _ in rows]
+    image = contact_sheet(clips, [label for _, label in rows], columns=SHEET_COLUMNS)
     with VideoWriter(path, image.shape[1], image.shape[0], 1) as writer:
         writer.write(image[None])
 
@@ -230,20 +292,20 @@ def inspect(
     """Show what a bundle holds: components, shapes, parameters, targets, hashes, parity."""
     opened = Bundle.open(bundle)
     if as_json:
-        out.print_json(data=opened.to_json())
+        out.print_json(data=dataclasses.asdict(opened.manifest))
         return
-    spec = opened.spec
-    out.print(f"{spec.name}  key {opened.key[:16]}  targets {', '.join(opened.targets)}", markup=False)
+    spec, manifest = opened.spec, opened.manifest
+    out.print(f"{spec.name}  key {opened.key[:16]}  targets {', '.join(manifest.targets)}", markup=False)
     defaults = ", ".join(f"{name} {value!r}" for name, value in vars(spec.defaults).items())
     out.print(f"{spec.fps} fps, at most {spec.max_tokens} tokens; defaults: {defaults}", markup=False)
     components = Table("component", "parameters", "inputs", "outputs", title="Components")
-    for name, component in opened.components.items():
+    for name, component in manifest.components.items():
         components.add_row(name, f"{component.parameters:,}", _ports(component.inputs), _ports(component.outputs))
     files = Table("file", "bytes", "sha256", title="Files")
-    for name, record in opened.files.items():
+    for name, record in manifest.files.items():
         files.add_row(name, f"{record.bytes:,}", record.sha256[:16])
     parity = Table("component", "target", "shape", "max |difference|", "relative", title="Parity against torch")
-    for row in opened.parity:
+    for row in manifest.parity:
         parity.add_row(row.component, row.target, row.shape, f"{row.max_abs:.1e}", f"{row.relative:.1e}")
     out.print(components, files, parity)
 
@@ -264,10 +326,12 @@ def export(
     try:
         from tubelet.export.build import build  # noqa: TID251 the one lazy exception
     except ImportError as error:
-        raise UserError(f"exporting needs {error.name}; run pip install 'tubelet[export,cpu]'") from error
+        raise UserError(
+            f"exporting needs a package that is missing ({error}); install tubelet with its extras export and cpu"
+        ) from error
     with err.status("") as status:
         made = build(checkpoint, output, status.update)
-    out.print(f"wrote {output}: {len(made.components)} components, key {made.key[:16]}", markup=False)
+    out.print(f"wrote {output}: {len(made.manifest.components)} components, key {made.key[:16]}", markup=False)
 
 
 @app.command()

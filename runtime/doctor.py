@@ -16,6 +16,8 @@ from . import kernels
 from .bundle import EMBEDDED, Bundle
 from .errors import UserError
 
+LATER_TARGETS = ("cuda", "rtx", "tensorrt")
+
 
 @dataclass(frozen=True)
 class Finding:
@@ -29,22 +31,20 @@ def examine() -> list[Finding]:
     extension = kernels.IMPLEMENTATION == "extension"
     return [
         Finding("python", True, f"{platform.python_version()} on {platform.machine()}, {os.cpu_count()} cores"),
-        Finding("kernels", True, "compiled extension" if extension else "NumPy, slower: the extension is not built"),
+        Finding("extension", extension, "built" if extension else "not built: NumPy does its work, slower"),
         _embedded(),
-        _package("target cpu", "onnxruntime", "cpu"),
+        _packages("target cpu", ["onnxruntime"], "cpu"),
+        _packages("export", ["torch", "onnx", "onnxscript", "onnx_ir"], "export"),
         _driver(),
-        _package("target tensorrt", "tensorrt", "gpu"),
-        _package("target rtx", "tensorrt_rtx", "rtx"),
-        _package("export", "torch", "export"),
+        *(Finding(f"target {name}", False, "this version of tubelet has no such engine") for name in LATER_TARGETS),
     ]
 
 
-def _package(part: str, module: str, extra: str) -> Finding:
-    """Whether a part's main package is installed."""
-    if importlib.util.find_spec(module) is None:
-        return Finding(part, False, f"{module} is not installed: pip install 'tubelet[{extra}]'")
-    names = importlib.metadata.packages_distributions().get(module, [module])
-    return Finding(part, True, f"{names[0]} {importlib.metadata.version(names[0])}")
+def _packages(part: str, modules: list[str], extra: str) -> Finding:
+    """Whether a part's packages can be found."""
+    if missing := [name for name in modules if importlib.util.find_spec(name) is None]:
+        return Finding(part, False, f"{', '.join(missing)} not installed: install tubelet with its extra {extra}")
+    return Finding(part, True, f"{modules[0]} {importlib.metadata.version(modules[0])}")
 
 
 def _embedded() -> Finding:

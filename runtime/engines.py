@@ -14,6 +14,7 @@ import numpy as np
 
 from .errors import UserError
 
+MAX_THREADS = 1024
 Arrays = Mapping[str, np.ndarray[Any, Any]]
 
 
@@ -44,7 +45,9 @@ class OnnxRuntimeEngine:
         try:
             import onnxruntime as ort
         except ImportError as error:
-            raise UserError("ONNX Runtime is not installed; run pip install 'tubelet[cpu]'") from error
+            raise UserError("ONNX Runtime is not installed; run pip install onnxruntime") from error
+        if threads is not None and not 1 <= threads <= MAX_THREADS:
+            raise UserError(f"threads must be from 1 to {MAX_THREADS}, is {threads}")
         options = ort.SessionOptions()
         options.intra_op_num_threads = threads or 0
         options.log_severity_level = 3

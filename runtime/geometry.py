@@ -71,13 +71,21 @@ def plan(spec: ModelSpec, width: int, height: int, frames: int) -> Geometry:
         advice = (
             f"at {width}x{height} use at most {most} frames"
             if grid[1] * grid[2] <= spec.max_tokens
-            else "use a smaller size"
+            else f"use at most {_largest_size(spec, geometry)}"
         )
         raise UserError(
             f"{width}x{height} with {frames} frames is {geometry.tokens} tokens, "
             f"over the model's {spec.max_tokens}; {advice}"
         )
     return geometry
+
+
+def _largest_size(spec: ModelSpec, geometry: Geometry) -> str:
+    """The largest legal size of the same aspect ratio, for one frame."""
+    _, rows, columns = geometry.grid
+    scale = (spec.max_tokens / (rows * columns)) ** 0.5
+    width, height = (max(1, int(n * scale)) * step for n, step in zip((columns, rows), size_step(spec), strict=True))
+    return f"{width}x{height}"
 
 
 def _nearest_frames(spec: ModelSpec, frames: float) -> int:

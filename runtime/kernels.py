@@ -2,7 +2,8 @@
 
 Flows in and out: NumPy arrays, which the compiled extension (or, where it is absent, NumPy) reads and writes in place.
 Values are float32, float16 or bfloat16: `ml_dtypes.bfloat16` arrays, or uint16 arrays holding their bits. Knows nothing
-of samplers, models and videos. Every error is a ValueError that names the argument.
+of samplers, models and videos. An array or number of the wrong dtype, shape, layout or range raises a ValueError that
+names the argument; what is no array or number at all raises whatever Python does with it.
 """
 
 from __future__ import annotations

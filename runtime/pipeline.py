@@ -11,6 +11,7 @@ import dataclasses
 import json
 import os
 from collections.abc import Callable, Iterator
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -18,12 +19,14 @@ import numpy as np
 from numpy.typing import NDArray
 
 from . import kernels
-from .bundle import TOKENIZER, Bundle
+from .atomic import temporary_beside
+from .bundle import COMPONENTS, TOKENIZER, Bundle
 from .engines import Binding, Engine, OnnxRuntimeEngine
 from .errors import Cancelled, UserError
 from .geometry import Geometry, coordinate_columns, plan
 from .request import Request, Settings
 from .schedule import Schedule, make_schedule, time_features
+from .strict import read
 from .text import PromptTokenizer
 
 Float32 = NDArray[np.float32]
@@ -32,46 +35,39 @@ Frames = NDArray[np.uint8]  # [T,H,W,3]
 DECODE_CHUNK = 4  # latent frames decoded at a time
 
 
+@dataclass
 class Generation:
     """A request on its way: the sampler's state, the denoiser's bound arrays, and how many steps are done.
 
     Everything is allocated by `Pipeline.prepare` and reused by every step.
     """
 
-    def __init__(
-        self,
-        settings: Settings,
-        geometry: Geometry,
-        schedule: Schedule,
-        state: list[Float32],
-        arrays: dict[str, NDArray[Any]],
-        time_table: Float32,
-        binding: Binding,
-        bundle_key: str,
-    ):
-        self.settings, self.geometry, self.schedule = settings, geometry, schedule
-        self.state = state  # the sample x and the sampler's history, [N,P] each
-        self.arrays = arrays  # the denoiser's inputs and its output, by name
-        self.time_table = time_table  # [steps,2,F]
-        self.binding = binding
-        self.bundle_key = bundle_key
-        self.done = 0
+    settings: Settings
+    geometry: Geometry
+    schedule: Schedule
+    matrices: Float32  # the schedule's, in the kernel's type
+    time_table: Float32  # [steps,2,F]: features of the level of unknown tokens, and of known ones
+    state: list[Float32]  # the sample x and the sampler's history, [N,P] each
+    arrays: dict[str, NDArray[Any]]  # the denoiser's inputs and its output, by name
+    binding: Binding
+    bundle_key: str
+    done: int = 0
 
     @property
     def finished(self) -> bool:
         return self.done == self.schedule.steps
 
     def save(self, path: str | Path) -> None:
-        """Writes the sampler's state and the request as safetensors; `load` goes on from there bit for bit."""
+        """Writes the sampler's state and the request as safetensors; `load` goes on from there bit for bit.
+
+        Raises UserError when the file cannot be written; an older file is kept then.
+        """
         from safetensors.numpy import save
 
         path = Path(path)
-        partial = path.with_name(f".{path.name}.{os.getpid()}.partial")
-        metadata = {
-            "settings": json.dumps(dataclasses.asdict(self.settings)),
-            "done": str(self.done),
-            "bundle": self.bundle_key,
-        }
+        partial = temporary_beside(path)
+        settings = json.dumps(dataclasses.asdict(self.settings))
+        metadata = {"settings": settings, "done": str(self.done), "bundle": self.bundle_key}
         try:
             partial.write_bytes(save({"state": np.stack(self.state)}, metadata))
             os.replace(partial, path)
@@ -88,18 +84,20 @@ class Generation:
         try:
             with safe_open(path, "numpy") as file:
                 metadata, state = file.metadata() or {}, file.get_tensor("state")
-            settings, done = Settings(**json.loads(metadata["settings"])), int(metadata["done"])
+            if metadata["bundle"] != pipeline.bundle.key:
+                raise UserError(
+                    f"it was saved with another bundle than {pipeline.bundle.folder}; open the one it came from"
+                )
+            settings = read(Settings, json.loads(metadata["settings"]), "settings")
+            generation = pipeline.prepare(Request(**vars(settings)))
+            done = int(metadata["done"])
+            shape = (len(generation.state), *generation.state[0].shape)
+            if state.shape != shape or state.dtype != np.float32 or not 0 <= done <= generation.schedule.steps:
+                raise UserError("its state does not fit its request; generate again")
         except FileNotFoundError as error:
             raise UserError(f"there is no saved generation {path}") from error
-        except (OSError, SafetensorError, KeyError, TypeError, ValueError) as error:
-            raise UserError(f"{path} is not a saved generation ({error}); generate again") from error
-        if metadata.get("bundle") != pipeline.bundle.key:
-            raise UserError(
-                f"{path} was saved with another bundle than {pipeline.bundle.folder}; open the one it came from"
-            )
-        generation = pipeline.prepare(Request(**vars(settings)))
-        if state.shape != (len(generation.state), *generation.state[0].shape) or done > generation.schedule.steps:
-            raise UserError(f"{path} does not fit its own request; generate again")
+        except (OSError, SafetensorError, KeyError, ValueError) as error:
+            raise UserError(f"cannot resume {path}: {error}") from error
         for buffer, saved in zip(generation.state, state, strict=True):
             np.copyto(buffer, saved)
         generation.arrays["tokens"][:, :, : state.shape[2]] = state[0]
@@ -115,15 +113,21 @@ class Pipeline:
         self.tokenizer = PromptTokenizer.from_file(bundle.path(TOKENIZER), self.spec.text_encoder.length)
 
     @classmethod
-    def open(cls, bundle: str | Path, threads: int | None = None) -> Pipeline:
-        """Verifies a bundle and loads its engines on the CPU. Raises UserError when either fails."""
-        opened = Bundle.open(bundle)
-        engines: dict[str, Engine] = {
-            name: OnnxRuntimeEngine(opened.path(component.graph), threads)
-            for name, component in opened.components.items()
-            if not name.startswith("vae_encoder")
-        }
-        return cls(opened, engines)
+    def open(cls, bundle: str | Path | Bundle, threads: int | None = None) -> Pipeline:
+        """Verifies a bundle and loads its engines on the CPU, with `threads` threads (all cores if None).
+
+        Raises UserError when the bundle is damaged or an engine cannot be loaded.
+        """
+        opened = bundle if isinstance(bundle, Bundle) else Bundle.open(bundle)
+        return cls(opened, {name: OnnxRuntimeEngine(opened.graph(name), threads) for name in COMPONENTS[:5]})
+
+    def check(self, request: Request) -> tuple[Settings, Geometry, Schedule]:
+        """What a request means for this model. Raises UserError, in no time, when it cannot be served."""
+        settings = request.complete(self.spec)
+        geometry = plan(self.spec, settings.width, settings.height, settings.frames)
+        schedule = make_schedule(settings.sampler, settings.steps, settings.shift)
+        self.tokenizer(self._prompts(settings))
+        return settings, geometry, schedule
 
     def generate(
         self,
@@ -146,10 +150,8 @@ class Pipeline:
         return np.concatenate(list(self.decode(generation)))
 
     def prepare(self, request: Request) -> Generation:
-        """Checks a request, encodes its text and allocates all that its steps need."""
-        settings = request.complete(self.spec)
-        geometry = plan(self.spec, settings.width, settings.height, settings.frames)
-        schedule = make_schedule(settings.sampler, settings.steps, settings.shift)
+        """Checks a request, encodes its text and allocates all that its steps need. Raises UserError as `check`."""
+        settings, geometry, schedule = self.check(request)
         denoiser = self.spec.denoiser
         cross_k, cross_v = self._condition(settings)
         batch = cross_k.shape[1]
@@ -176,15 +178,21 @@ class Pipeline:
             settings=settings,
             geometry=geometry,
             schedule=schedule,
+            matrices=schedule.matrices.astype(np.float32),
+            time_table=time_features(levels, denoiser.time_features),
             state=state,
             arrays=inputs | velocity,
-            time_table=time_features(levels, denoiser.time_features),
             binding=self.engines["denoiser"].bind(inputs, velocity),
             bundle_key=self.bundle.key,
         )
 
     def step(self, generation: Generation) -> None:
-        """One denoising step: the engine, then guidance and the sampler's update in one pass."""
+        """One denoising step: the engine, then guidance and the sampler's update in one pass.
+
+        Raises UserError when all steps are done.
+        """
+        if generation.finished:
+            raise UserError(f"all {generation.done} steps are done; decode the generation")
         arrays = generation.arrays
         np.copyto(arrays["time_features"], generation.time_table[generation.done])
         generation.binding.run()
@@ -192,13 +200,16 @@ class Pipeline:
             generation.state,
             arrays["velocity"],
             arrays["tokens"],
-            generation.schedule.matrices[generation.done],
+            generation.matrices[generation.done],
             guidance=generation.settings.guidance,
         )
         generation.done += 1
 
     def decode(self, generation: Generation) -> Iterator[Frames]:
-        """Yields the clip's frames in order, a few at a time; memory does not grow with duration."""
+        """Yields the clip's frames in order, uint8 [T,H,W,3], a few at a time.
+
+        Beyond the latent, memory does not grow with duration. Before the last step the frames are a noisy preview.
+        """
         grid, patch = generation.geometry.grid, self.spec.denoiser.patch
         latent = kernels.unpack(generation.state[0], self.spec.denoiser.latent_channels, grid, patch)
         return self.decode_latent(latent)
@@ -215,11 +226,14 @@ class Pipeline:
 
     def _condition(self, settings: Settings) -> tuple[Float32, Float32]:
         """Every block's text keys and values [blocks,B,heads,L,D]: the prompt, then the negative prompt if guided."""
-        prompts = [settings.prompt] + ([settings.negative_prompt] if settings.guided else [])
-        ids, mask = self.tokenizer(prompts)
+        ids, mask = self.tokenizer(self._prompts(settings))
         embeddings = self.engines["text_encoder"]({"ids": ids, "mask": mask})["embeddings"]
         results = self.engines["conditioner"]({"embeddings": embeddings})
         return results["cross_k"], results["cross_v"]
+
+    @staticmethod
+    def _prompts(settings: Settings) -> list[str]:
+        return [settings.prompt, settings.negative_prompt] if settings.guided else [settings.prompt]
 
 
 def starting_noise(geometry: Geometry, channels: int, seed: int) -> Float32:

@@ -9,8 +9,8 @@ from __future__ import annotations
 import dataclasses
 from dataclasses import dataclass
 
-from .errors import UserError
 from .spec import ModelSpec
+from .strict import require
 
 
 @dataclass(frozen=True)
@@ -29,10 +29,10 @@ class Settings:
     seed: int
 
     def __post_init__(self) -> None:
-        if not 0 <= self.seed < 2**64:
-            raise UserError(f"seed must be from 0 to 2^64 - 1, is {self.seed}")
-        if not 0 <= self.guidance <= 100:
-            raise UserError(f"guidance must be from 0 to 100, is {self.guidance}")
+        for name in ("width", "height", "frames", "steps", "seed"):
+            require(type(getattr(self, name)) is int, f"{name} must be a whole number, is {getattr(self, name)!r}")
+        require(0 <= self.seed < 2**64, f"seed must be from 0 to 2^64 - 1, is {self.seed}")
+        require(0 <= self.guidance <= 100, f"guidance must be from 0 to 100, is {self.guidance}")
 
     @property
     def guided(self) -> bool:

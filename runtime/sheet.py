@@ -14,6 +14,7 @@ from PIL import Image, ImageDraw, ImageFont
 
 from .errors import UserError
 
+MAX_ROWS = 100
 LABEL_HEIGHT = 18  # pixels, for text of 12
 GAP = 2
 BACKGROUND, INK = (255, 255, 255), (0, 0, 0)

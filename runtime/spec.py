@@ -7,16 +7,10 @@ Knows nothing of files, tensors or engines.
 from __future__ import annotations
 
 import dataclasses
-import typing
 from dataclasses import dataclass
 from typing import Any
 
-from .errors import UserError
-
-
-def _require(condition: bool, message: str) -> None:
-    if not condition:
-        raise UserError(message)
+from .strict import read, require, require_positive
 
 
 @dataclass(frozen=True)
@@ -34,7 +28,8 @@ class TextEncoderSpec:
     length: int  # tokens after padding; the cross-attention always sees this many
 
     def __post_init__(self) -> None:
-        _require(self.buckets % 4 == 0, f"text_encoder.buckets must be a multiple of 4, is {self.buckets}")
+        require_positive(self, "text_encoder")
+        require(self.buckets % 4 == 0, f"text_encoder.buckets must be a multiple of 4, is {self.buckets}")
 
 
 @dataclass(frozen=True)
@@ -55,12 +50,13 @@ class DenoiserSpec:
     two_levels: bool  # trained with clean known tokens beside noisy ones: the graph has a `known` input
 
     def __post_init__(self) -> None:
-        _require(
+        require_positive(self, "denoiser")
+        require(
             self.width % (2 * self.heads) == 0,
             f"denoiser.width {self.width} must be a multiple of twice denoiser.heads {self.heads}",
         )
-        _require(self.patch[0] == 1, f"denoiser.patch must hold one latent frame in a token, holds {self.patch[0]}")
-        _require(self.time_features % 2 == 0, f"denoiser.time_features must be even, is {self.time_features}")
+        require(self.patch[0] == 1, f"denoiser.patch must hold one latent frame in a token, holds {self.patch[0]}")
+        require(self.time_features % 2 == 0, f"denoiser.time_features must be even, is {self.time_features}")
 
     @property
     def head_size(self) -> int:
@@ -95,18 +91,19 @@ class VaeSpec:
     latent_std: tuple[float, ...]
 
     def __post_init__(self) -> None:
-        _require(
+        require_positive(self, "vae", but=("latent_mean",))
+        require(
             len(self.temporal) == len(self.widths) - 1,
             f"vae.temporal needs {len(self.widths) - 1} entries, one less than vae.widths, has {len(self.temporal)}",
         )
         for a, b in zip(self.widths, self.widths[1:], strict=False):
-            _require(
+            require(
                 4 * a % b == 0 and 4 * b % a == 0,
                 f"vae.widths {a} and {b} are neighbours: four times either must be a multiple of the other",
             )
         for name in ("latent_mean", "latent_std"):
             count = len(getattr(self, name))
-            _require(
+            require(
                 count == self.latent_channels,
                 f"vae.{name} needs {self.latent_channels} entries, one a latent channel, has {count}",
             )
@@ -147,12 +144,13 @@ class ModelSpec:
     defaults: Defaults
 
     def __post_init__(self) -> None:
-        _require(
+        require_positive(self, "spec")
+        require(
             self.denoiser.latent_channels == self.vae.latent_channels,
             f"denoiser.latent_channels {self.denoiser.latent_channels} differs from "
             f"vae.latent_channels {self.vae.latent_channels}",
         )
-        _require(
+        require(
             self.denoiser.text_width == self.text_encoder.width,
             f"denoiser.text_width {self.denoiser.text_width} differs from text_encoder.width {self.text_encoder.width}",
         )
@@ -163,32 +161,4 @@ class ModelSpec:
     @classmethod
     def from_json(cls, value: Any) -> ModelSpec:
         """Reads what `to_json` wrote. Raises UserError that names a missing, unknown or ill-typed field."""
-        spec = _read(cls, value, "spec")
-        assert isinstance(spec, ModelSpec)
-        return spec
-
-
-def _read(kind: Any, value: Any, where: str) -> Any:
-    """Strictly converts JSON to `kind`: a dataclass, a tuple or a scalar; `where` names the field in errors."""
-    if dataclasses.is_dataclass(kind):
-        _require(isinstance(value, dict), f"{where} must be an object, is {value!r}")
-        hints = typing.get_type_hints(kind)
-        names = [field.name for field in dataclasses.fields(kind)]
-        missing, unknown = sorted(set(names) - set(value)), sorted(set(value) - set(names))
-        _require(
-            not missing and not unknown, f"{where} lacks {missing or 'nothing'} and has unknown {unknown or 'nothing'}"
-        )
-        return typing.cast(Any, kind)(**{name: _read(hints[name], value[name], f"{where}.{name}") for name in names})
-    if typing.get_origin(kind) is tuple:
-        items = typing.get_args(kind)
-        _require(isinstance(value, list | tuple), f"{where} must be a list, is {value!r}")
-        if items[-1] is Ellipsis:
-            items = (items[0],) * len(value)
-        _require(len(items) == len(value), f"{where} must have {len(items)} entries, has {len(value)}")
-        return tuple(
-            _read(item, entry, f"{where}[{i}]") for i, (item, entry) in enumerate(zip(items, value, strict=True))
-        )
-    if kind is float and isinstance(value, int) and not isinstance(value, bool):
-        value = float(value)
-    _require(type(value) is kind, f"{where} must be {kind.__name__}, is {value!r}")
-    return value
+        return read(cls, value, "spec")

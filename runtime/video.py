@@ -16,9 +16,9 @@ from __future__ import annotations
 
 import contextlib
 import os
-import secrets
+import stat
 import weakref
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from fractions import Fraction
 from pathlib import Path
@@ -33,6 +33,7 @@ from av.video.reformatter import ColorPrimaries, ColorRange, Colorspace, ColorTr
 from av.video.stream import VideoStream
 from numpy.typing import NDArray
 
+from .atomic import temporary_beside
 from .errors import UserError
 
 Frames = NDArray[np.uint8]
@@ -91,6 +92,7 @@ class Codec:
     container_options: dict[str, str] = field(default_factory=dict)
     tags: dict[str, int] = field(default_factory=dict)  # colour attributes of the stream
     multiple: int = 1  # of pixels, in both directions
+    min_fps: Fraction = Fraction(1, 1000)
     max_fps: int = 1000
     max_frames: float = float("inf")
 
@@ -119,7 +121,14 @@ CODECS = MappingProxyType(
             options={"lossless": "1"},
             container_options={"loop": "0"},
         ),
-        ".gif": Codec(container="gif", encoder="gif", pixels="pal8", convert=_paletted, max_fps=50),
+        ".gif": Codec(
+            container="gif",
+            encoder="gif",
+            pixels="pal8",
+            convert=_paletted,
+            min_fps=Fraction(1, 655),  # a frame lasts up to 65535/100 s
+            max_fps=50,
+        ),
         ".png": Codec(container="image2pipe", encoder="png", pixels="rgb24", max_frames=1),
     }
 )
@@ -146,29 +155,25 @@ class VideoWriter:
         self.shape = (height, width, 3)
         self.frames = 0
         self._codec = codec_for(self.path)
-        rate = Fraction(fps).limit_denominator(1001)  # FFmpeg holds rates as 32-bit fractions
+        slowest, fastest = self._codec.min_fps, self._codec.max_fps
         if not 1 <= min(width, height) <= max(width, height) <= MAX_SIZE:
             raise UserError(f"width and height must be 1 to {MAX_SIZE} pixels, are {width} and {height}")
-        if not 0 < rate <= self._codec.max_fps:
-            raise UserError(f"{self.path.suffix} holds up to {self._codec.max_fps} frames a second, fps is {fps}")
-        if self.path.is_dir():
-            raise UserError(f"cannot write {self.path}: it is a folder; give a file name inside it")
+        if not slowest <= fps <= fastest:  # neither is NaN
+            raise UserError(f"{self.path.suffix} holds {slowest} to {fastest} frames a second, fps is {fps}")
+        rate = Fraction(fps).limit_denominator(1001)  # FFmpeg holds rates as 32-bit fractions
         self._tick = 1 / rate
-        self._temporary = self.path.with_name(f".{self.path.name}.{secrets.token_hex(4)}.part")
+        self._temporary = temporary_beside(self.path)
         self._container, self._stream = _prepare(self._temporary, self._codec, width, height, rate)
         self._discard = weakref.finalize(self, _abandon, self._container, self._temporary)
-        try:
+        with self._writing():
+            _refuse_folder(self.path)
             self._container.start_encoding()
-        except av.FFmpegError as error:
-            self._discard()
-            raise UserError(
-                f"cannot write {self.path}: {error.strerror}; choose a folder that exists and is writable"
-            ) from error
 
     def write(self, frames: Frames) -> None:
         """Appends uint8 RGB frames [T,H,W,3]; T may differ between calls.
 
-        Raises UserError for another dtype or shape, for more frames than the format holds, or after `close`.
+        Raises UserError for another dtype or shape, for more frames than the format holds, or after `close`; also for a
+        full disk, which discards the file.
         """
         if not self._discard.alive:
             raise UserError(f"the writer of {self.path} is closed; open another")
@@ -180,29 +185,43 @@ class VideoWriter:
             )
         check_length(self.path, self.frames + len(frames))
         height, width = (-size % self._codec.multiple for size in self.shape[:2])
-        for rgb in np.pad(frames, ((0, 0), (0, height), (0, width), (0, 0)), mode="edge"):
+        if height or width:
+            frames = np.pad(frames, ((0, 0), (0, height), (0, width), (0, 0)), mode="edge")
+        for rgb in frames:
             frame = self._codec.convert(rgb)
             frame.pts, frame.time_base = self.frames, self._tick
-            self._container.mux(self._stream.encode(frame))
+            with self._writing():
+                self._container.mux(self._stream.encode(frame))
             self.frames += 1
 
     def close(self) -> None:
         """Finishes the file and gives it its name. Does nothing the second time.
 
-        Raises UserError if no frame was written. Whatever it raises, nothing new is left behind.
+        Raises UserError if no frame was written or the disk is full. Whatever it raises, nothing new is left behind.
         """
         if not self._discard.alive:
             return
-        try:
+        with self._writing():
             if not self.frames:
                 raise UserError(f"no frames were written to {self.path}; write at least one before closing")
             self._container.mux(self._stream.encode(None))
             self._container.close()
             os.replace(self._temporary, self.path)
+        self._discard.detach()
+
+    @contextlib.contextmanager
+    def _writing(self) -> Iterator[None]:
+        """Discards the file when anything fails inside; what the system refuses becomes a UserError."""
+        try:
+            yield
+        except (av.FFmpegError, OSError) as error:
+            self._discard()
+            raise UserError(
+                f"cannot write {self.path}: {error.strerror}; free space or choose another path in a writable folder"
+            ) from error
         except BaseException:
             self._discard()
             raise
-        self._discard.detach()
 
     def __enter__(self) -> Self:
         return self
@@ -263,7 +282,15 @@ def _prepare(path: Path, codec: Codec, width: int, height: int, fps: Fraction) -
     return container, stream
 
 
+def _refuse_folder(path: Path) -> None:
+    """Raises UserError for a folder, and OSError for what cannot be a file's name."""
+    with contextlib.suppress(FileNotFoundError):
+        if stat.S_ISDIR(path.stat().st_mode):
+            raise UserError(f"cannot write {path}: it is a folder; give a file name inside it")
+
+
 def _abandon(container: OutputContainer, temporary: Path) -> None:
-    with contextlib.suppress(av.FFmpegError):
+    with contextlib.suppress(av.FFmpegError, OSError):
         container.close()
-    temporary.unlink(missing_ok=True)
+    with contextlib.suppress(OSError):
+        temporary.unlink()

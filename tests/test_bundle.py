@@ -5,6 +5,7 @@ pytest tests/test_bundle.py
 
 from __future__ import annotations
 
+import dataclasses
 import json
 from collections.abc import Callable
 from pathlib import Path
@@ -12,6 +13,8 @@ from pathlib import Path
 import pytest
 
 from tubelet.runtime import EMBEDDED, Bundle, Pipeline, UserError
+from tubelet.runtime.bundle import FileRecord, content_key, write_manifest
+from tubelet.runtime.spec import ModelSpec
 
 
 def edit_manifest(folder: Path, change: Callable[[dict], object]) -> None:
@@ -30,25 +33,43 @@ def flip(path: Path) -> None:
     path.write_bytes(data)
 
 
+def link(path: Path) -> None:
+    path.unlink()
+    path.symlink_to(EMBEDDED / path.name)
+
+
 @pytest.mark.parametrize(
     ("damage", "message"),
     [
         (lambda f: (f / "bundle.json").unlink(), "is not a bundle: it has no bundle.json"),
-        (lambda f: (f / "bundle.json").write_text("{"), "bundle.json is damaged"),
-        (lambda f: (f / "bundle.json").write_bytes(b"\xff\xfe"), "bundle.json is damaged"),
-        (lambda f: (f / "bundle.json").write_text("[]"), "bundle.json is damaged"),
-        (lambda f: edit_manifest(f, lambda m: m.pop("files")), "bundle.json is damaged"),
-        (lambda f: edit_manifest(f, lambda m: m.update(schema=99)), "has bundle schema 99, this tubelet reads 1"),
-        (lambda f: edit_manifest(f, lambda m: m["spec"].pop("fps")), r"lacks \['fps'\]"),
+        (lambda f: (f / "bundle.json").write_text("{"), "bundle.json is not usable"),
+        (lambda f: (f / "bundle.json").write_bytes(b"\xff\xfe"), "bundle.json is not usable"),
+        (lambda f: (f / "bundle.json").write_text("[]"), "has schema None, this tubelet reads 1"),
+        (lambda f: (f / "bundle.json").write_text("[" * 100_000), "bundle.json is not usable"),
+        (lambda f: edit_manifest(f, lambda m: m.update(schema=99)), "has schema 99, this tubelet reads 1"),
+        (lambda f: edit_manifest(f, lambda m: m.pop("files")), r"manifest lacks \['files'\]"),
+        (lambda f: edit_manifest(f, lambda m: m["spec"].pop("fps")), r"manifest.spec lacks \['fps'\]"),
+        (lambda f: edit_manifest(f, lambda m: m["spec"].update(fps=5)), "its key does not match its content"),
+        (lambda f: edit_manifest(f, lambda m: m["spec"]["denoiser"].update(heads=0)), "denoiser.heads must be above 0"),
+        (lambda f: edit_manifest(f, lambda m: m["components"].pop("denoiser")), "lacks the components denoiser"),
+        (lambda f: edit_manifest(f, lambda m: m["components"]["denoiser"].update(graph=5)), "graph must be str, is 5"),
+        (lambda f: edit_manifest(f, lambda m: m["components"]["denoiser"].update(inputs=None)), "must be an object"),
+        (lambda f: edit_manifest(f, lambda m: m.update(provenance=None)), "provenance must be an object, is None"),
+        (
+            lambda f: edit_manifest(f, lambda m: m["components"]["denoiser"].update(graph="../d.onnx")),
+            r"does not list the files \.\./d.onnx",
+        ),
         (
             lambda f: edit_manifest(f, lambda m: m["files"].update({"../x": {"bytes": 1, "sha256": ""}})),
-            "outside the bundle",
+            "which is outside the bundle",
         ),
+        (lambda f: edit_manifest(f, lambda m: m["files"].clear()), "does not list the files conditioner.onnx"),
         (lambda f: (f / "weights.safetensors").unlink(), "weights.safetensors is missing"),
         (lambda f: truncate(f / "weights.safetensors"), "truncated or changed"),
         (lambda f: flip(f / "weights.safetensors"), "does not match the manifest's hash"),
         (lambda f: flip(f / "denoiser.onnx"), "denoiser.onnx does not match the manifest's hash"),
         (lambda f: flip(f / "tokenizer.json"), "tokenizer.json does not match"),
+        (lambda f: link(f / "tokenizer.json"), "tokenizer.json is missing or a link"),
     ],
 )
 def test_damage_is_named(embedded_copy: Path, damage: Callable[[Path], object], message: str) -> None:
@@ -65,18 +86,22 @@ def test_a_folder_that_is_not_there() -> None:
 
 def test_the_manifest_reads_back(embedded_copy: Path) -> None:
     before = Bundle.open(embedded_copy)
-    before.write_manifest()
+    write_manifest(embedded_copy, before.manifest)
 
     assert Bundle.open(embedded_copy) == before
     assert before.key == Bundle.open(EMBEDDED).key  # the key names the content, not the place
 
 
-def test_the_key_follows_every_file(embedded_copy: Path) -> None:
-    before = Bundle.open(embedded_copy)
-    edit_manifest(embedded_copy, lambda m: m["files"]["tokenizer.json"].update(sha256="0" * 64))
-    with pytest.raises(UserError):
-        Bundle.open(embedded_copy)
-    assert json.loads((EMBEDDED / "bundle.json").read_text())["key"] == before.key
+def test_the_key_follows_spec_and_files(spec: ModelSpec) -> None:
+    files = {"a": FileRecord(1, "x"), "b": FileRecord(2, "y")}
+    keys = {
+        content_key(spec, files),
+        content_key(spec, files | {"b": FileRecord(2, "z")}),
+        content_key(spec, {"a": files["a"]}),
+        content_key(dataclasses.replace(spec, fps=25), files),
+    }
+    assert len(keys) == 4
+    assert content_key(spec, dict(reversed(files.items()))) in keys  # order does not matter
 
 
 def test_embedded_weights_stay_small() -> None:

@@ -83,7 +83,7 @@ def test_prompts_count_sheet_and_json(tubelet, tmp_path: Path) -> None:
     ]
     assert all((tmp_path / c["path"]).exists() for c in clips)
     sheet, _ = read_frames(tmp_path / "s.png")
-    assert sheet.shape[1] > 4 * 48 and np.ptp(sheet) > 100
+    assert sheet.shape[2] >= 6 * 48 and sheet.shape[1] > 4 * 48 and np.ptp(sheet) > 100
 
 
 def test_seconds_and_fps(tubelet, tmp_path: Path) -> None:
@@ -112,13 +112,23 @@ def test_an_image(tubelet, tmp_path: Path) -> None:
         (["generate", "x", "--frames", "10"], "the nearest legal count is 9"),
         (["generate", "x", "--frames", "9", "--seconds", "1"], "--seconds and --frames exclude each other"),
         (["generate", "x", "--seconds", "nan"], "--seconds must be above 0"),
-        (["generate", "x", "--fps", "0"], "--fps must be above 0"),
+        (["generate", "x", "--fps", "0"], "--fps must be from 0.01 to 1000"),
         (["generate", "x", "--width", "2048", "--height", "2048"], "over the model's"),
         (["generate", "x", "-o", "a.avi"], ".avi"),
         (["generate", "x", "-o", "a.png"], ".png holds 1 frame, the clip has 33"),
         (["generate", "x", "-o", "absent/a.mp4"], "cannot write absent/a.mp4"),
         (["generate", "x", "-o", "folder.mp4"], "it is a folder"),
-        (["generate", "x", "--sheet", "s.jpg"], "--sheet writes a PNG"),
+        (["generate", "x", "-o", ".", "--count", "2"], "is not one of .mp4"),
+        (["generate", "x", "-o", "a" * 300 + ".mp4"], "cannot write"),
+        (["generate", "x", "-o", "a.png", "--frames", "1", "--sheet", "a.png"], "is also the name of a clip"),
+        (["generate", "x", "--sheet", "absent/s.png"], "cannot write absent/s.png"),
+        (["generate", "x", "--sheet", "s.png", "--count", "101"], "--sheet holds up to 100 clips"),
+        (["generate", "x", "--count", "1000000000"], "more than the 10000 of one command"),
+        (["generate", "x", "--count", "2", "--seed", "18446744073709551615"], "seed must be from 0"),
+        (["generate", "--prompts", "long.txt", "-o", "a.webp"], "the prompt has 41 tokens"),
+        (["generate", "x", "--threads", "10000000000"], "threads must be from 1 to 1024"),
+        (["generate", "x", "--fps", "0.0001"], "--fps must be from 0.01 to 1000"),
+        (["generate", "x", "--sheet", "s.jpg"], "--sheet writes a PNG, so its name must end in .png"),
         (["generate", "x", "--bundle", "absent"], "absent is not a bundle"),
         (["generate", "x", "--steps", "0"], "steps must be"),
         (["generate", "red " * 40], "the prompt has 41 tokens, the model reads 16"),
@@ -132,6 +142,7 @@ def test_an_image(tubelet, tmp_path: Path) -> None:
 def test_mistakes_exit_with_2_and_one_sentence(tubelet, tmp_path: Path, arguments: list[str], message: str) -> None:
     (tmp_path / "latin.txt").write_bytes("caf\xe9".encode("latin-1"))
     (tmp_path / "empty.txt").write_text("\n")
+    (tmp_path / "long.txt").write_text("a red circle\n" + "red " * 40)
     (tmp_path / "folder.mp4").mkdir()
     before = sorted(tmp_path.iterdir())
 

@@ -28,11 +28,11 @@ def test_the_embedded_bundle_comes_out_again(checkpoint: Path, tmp_path: Path) -
     made = build(checkpoint, tmp_path / "bundle")
 
     shipped = Bundle.open(EMBEDDED)
-    assert made.files == shipped.files
-    assert made.components == shipped.components
+    assert made.manifest.files == shipped.manifest.files
+    assert made.manifest.components == shipped.manifest.components
     assert made.key == shipped.key
-    assert {row.component for row in made.parity} == set(made.components)
-    assert max(row.relative for row in made.parity) < 1e-5
+    assert {row.component for row in made.manifest.parity} == set(made.manifest.components)
+    assert max(row.relative for row in made.manifest.parity) < 1e-5
     assert not [p for p in tmp_path.iterdir() if p.name not in ("bundle", "checkpoint")]
 
 
@@ -63,10 +63,10 @@ def test_attention_and_norms_are_native(name: str, attention: int, norms: int) -
 
 
 def test_varying_extents_are_named() -> None:
-    bundle = Bundle.open(EMBEDDED)
-    assert bundle.components["denoiser"].inputs["tokens"] == ["B", "N", 49]
-    assert bundle.components["vae_decoder"].inputs["latents"] == ["B", 8, "t", "h", "w"]
-    assert bundle.components["vae_decoder"].outputs["pixels"] == ["B", 3, "4*t", "8*h", "8*w"]
+    components = Bundle.open(EMBEDDED).manifest.components
+    assert components["denoiser"].inputs["tokens"] == ("B", "N", 49)
+    assert components["vae_decoder"].inputs["latents"] == ("B", 8, "t", "h", "w")
+    assert components["vae_decoder"].outputs["pixels"] == ("B", 3, "4*t", "8*h", "8*w")
 
 
 def test_a_model_with_one_noise_level_exports_without_known(checkpoint: Path) -> None:
@@ -113,7 +113,7 @@ def test_damaged_checkpoints_are_refused(checkpoint: Path, tmp_path: Path) -> No
         struct.pack("<Q", 3) + b"{x}",
     ):
         weights.write_bytes(damaged)
-        with pytest.raises(UserError, match="is not a safetensors file"):
+        with pytest.raises(UserError, match="is not a usable safetensors file"):
             read_header(weights)
     weights.write_bytes(whole)
     with pytest.raises(UserError, match="exists; remove it or choose another folder"):
@@ -121,7 +121,7 @@ def test_damaged_checkpoints_are_refused(checkpoint: Path, tmp_path: Path) -> No
     with pytest.raises(UserError, match="is not a folder"):
         build(checkpoint, tmp_path / "absent" / "bundle")
     (checkpoint / "spec.json").write_text("{")
-    with pytest.raises(UserError, match="is not JSON"):
+    with pytest.raises(UserError, match="is not usable"):
         build(checkpoint, tmp_path / "bundle")
     (checkpoint / "tokenizer.json").unlink()
     with pytest.raises(UserError, match=r"has no tokenizer.json"):

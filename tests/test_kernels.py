@@ -22,9 +22,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from numpy.typing import NDArray
 
+from tubelet.runtime import _kernels as compiled
 from tubelet.runtime import kernels, kernels_numpy
-
-compiled = pytest.importorskip("tubelet.runtime._kernels")
 
 DTYPES = [np.dtype(np.float32), np.dtype(np.float16), np.dtype(ml_dtypes.bfloat16)]
 # Both sides compute the table in float64 and round once, to within half a unit of float32 at 1: 2^-25 each.

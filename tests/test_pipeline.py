@@ -10,6 +10,7 @@ import os
 import subprocess
 import sys
 import tracemalloc
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import numpy as np
@@ -20,6 +21,7 @@ from tubelet.runtime import Cancelled, Generation, Pipeline, Request, UserError,
 from tubelet.runtime.geometry import plan
 from tubelet.runtime.pipeline import starting_noise
 
+FIRST_NOISE_OF_SEED_7 = (-0.293339, 1.703831, 1.539192)
 SMALL = Request("a red circle moves right on a white background", width=48, height=48, frames=9, steps=4)
 
 
@@ -70,6 +72,9 @@ def test_noise_is_philox_keyed_by_the_seed(pipeline: Pipeline) -> None:
 
     expected = np.random.Generator(np.random.Philox(key=7)).standard_normal(noise.size, np.float32)
     np.testing.assert_array_equal(noise.ravel(), expected)
+    np.testing.assert_allclose(
+        noise.ravel()[:3], FIRST_NOISE_OF_SEED_7, atol=1e-6
+    )  # should NumPy ever change its stream
     np.testing.assert_array_equal(pipeline.prepare(request(seed=7)).state[0], kernels.pack(noise, (1, 2, 2)))
 
 
@@ -108,6 +113,34 @@ def test_a_saved_generation_resumes_bit_for_bit(pipeline: Pipeline, tmp_path: Pa
     assert [p.name for p in tmp_path.iterdir()] == ["half.safetensors"]
 
 
+def test_a_finished_generation_takes_no_step(pipeline: Pipeline) -> None:
+    generation = pipeline.prepare(request(steps=1))
+    pipeline.step(generation)
+    with pytest.raises(UserError, match="all 1 steps are done"):
+        pipeline.step(generation)
+
+
+def test_decoding_a_long_latent_keeps_memory_flat(pipeline: Pipeline) -> None:
+    """NumPy's own memory (tracemalloc) while 33 and 257 frames are decoded and dropped."""
+    peaks = []
+    for latents in (9, 65):
+        latent = np.zeros((8, latents, 4, 4), np.float32)
+        tracemalloc.start()
+        for _ in pipeline.decode_latent(latent):
+            pass
+        peaks.append(tracemalloc.get_traced_memory()[1])
+        tracemalloc.stop()
+    assert peaks[1] < 1.1 * peaks[0] + 100_000
+
+
+def test_threads_share_a_pipeline(pipeline: Pipeline) -> None:
+    requests = [request(seed=seed) for seed in range(4)]
+    with ThreadPoolExecutor(4) as pool:
+        together = list(pool.map(pipeline.generate, requests))
+    for one, alone in zip(together, map(pipeline.generate, requests), strict=True):
+        np.testing.assert_array_equal(one, alone)
+
+
 def test_interleaved_generations_do_not_touch(pipeline: Pipeline) -> None:
     generations = [pipeline.prepare(request(seed=seed)) for seed in (1, 2)]
     for _ in range(4):
@@ -127,15 +160,22 @@ def test_damaged_saves_are_refused(pipeline: Pipeline, tmp_path: Path) -> None:
     whole = path.read_bytes()
 
     path.write_bytes(whole[:-10])
-    with pytest.raises(UserError, match="is not a saved generation"):
+    with pytest.raises(UserError, match="cannot resume"):
         Generation.load(path, pipeline)
     path.write_bytes(whole.replace(pipeline.bundle.key.encode(), b"0" * 64))
-    with pytest.raises(UserError, match="was saved with another bundle"):
+    with pytest.raises(UserError, match="saved with another bundle"):
         Generation.load(path, pipeline)
     path.write_bytes(whole)
     metadata = {"settings": json.dumps(vars(generation.settings)), "done": "1", "bundle": pipeline.bundle.key}
     save_file({"state": load_file(path)["state"][:, :5]}, path, metadata)
-    with pytest.raises(UserError, match="does not fit its own request"):
+    with pytest.raises(UserError, match="does not fit its request"):
+        Generation.load(path, pipeline)
+    save_file({"state": np.stack(generation.state)}, path, metadata | {"done": "-1"})
+    with pytest.raises(UserError, match="does not fit its request"):
+        Generation.load(path, pipeline)
+    wrong = json.dumps(vars(generation.settings) | {"width": "48"})
+    save_file({"state": np.stack(generation.state)}, path, metadata | {"settings": wrong})
+    with pytest.raises(UserError, match=r"settings\.width must be int"):
         Generation.load(path, pipeline)
     with pytest.raises(UserError, match="cannot write"):
         generation.save(tmp_path / "absent" / "half.safetensors")
@@ -147,7 +187,10 @@ def test_damaged_saves_are_refused(pipeline: Pipeline, tmp_path: Path) -> None:
         ({"width": 50}, "width 50 is not a positive multiple of 16; the nearest legal width is 48"),
         ({"height": 0}, "height 0 is not a positive multiple of 16; the nearest legal height is 16"),
         ({"frames": 10}, r"frames 10 is not 1 \+ 4\*k; the nearest legal count is 9"),
-        ({"width": 1024, "height": 1024, "frames": 9}, "over the model's"),
+        ({"width": 1024, "height": 1024, "frames": 9}, "over the model's 4096; at 1024x1024 use at most 1 frames"),
+        ({"width": 4096, "height": 2048, "frames": 1}, "over the model's 4096; use at most 1440x720"),
+        ({"width": 48.0}, "width must be a whole number, is 48.0"),
+        ({"seed": 2**64}, "seed must be from 0"),
         ({"steps": 0}, "steps must be"),
         ({"sampler": "ddim"}, "unknown sampler 'ddim'; choose one of euler, unipc"),
         ({"shift": 0.0}, "shift must be"),

@@ -34,6 +34,8 @@ def test_spec_survives_json(spec: ModelSpec) -> None:
         (("denoiser", "patch"), [1, 2], "spec.denoiser.patch must have 3 entries, has 2"),
         (("denoiser", "text_width"), 5, "denoiser.text_width 5 differs"),
         (("vae", "latent_channels"), True, "spec.vae.latent_channels must be int, is True"),
+        (("denoiser", "heads"), 0, "denoiser.heads must be above 0, is 0"),
+        (("denoiser", "patch"), [1, 0, 2], "denoiser.patch must be above 0"),
         (("text_encoder", "extra"), 1, r"unknown \['extra'\]"),
     ],
 )
@@ -80,7 +82,7 @@ def test_too_many_tokens_names_the_longest_legal_clip(spec: ModelSpec) -> None:
     with pytest.raises(UserError, match="at 64x64 use at most 5 frames"):
         plan(small, 64, 64, 33)
     assert plan(small, 64, 64, 5).tokens == 32
-    with pytest.raises(UserError, match="use a smaller size"):
+    with pytest.raises(UserError, match="use at most 96x96"):
         plan(small, 128, 128, 1)
 
 

@@ -183,10 +183,38 @@ def test_a_failed_rename_leaves_nothing(tmp_path: Path) -> None:
     video.write(clip())
     path.mkdir()
 
-    with pytest.raises(OSError):
+    with pytest.raises(UserError, match="cannot write .*clip.mp4: .*; free space or choose"):
         video.close()
 
     assert list(tmp_path.iterdir()) == [path]
+
+
+@suffixes
+@pytest.mark.parametrize("missing", [1, "all but 100"])
+def test_a_full_disk_leaves_nothing(tmp_path: Path, suffix: str, missing: int | str) -> None:
+    """A limit on file sizes stands in for the disk: too small by the last byte, or by nearly all."""
+    frames = np.random.default_rng(0).integers(0, 256, frames_for(suffix).shape, np.uint8)
+    older = write(tmp_path / f"clip{suffix}", frames).read_bytes()
+    script = f"""
+import resource, sys
+import numpy as np
+from tubelet.runtime.errors import UserError
+from tubelet.runtime.video import VideoWriter
+frames = np.random.default_rng(0).integers(0, 256, {frames.shape}, np.uint8)
+resource.setrlimit(resource.RLIMIT_FSIZE, ({len(older) - 1 if missing == 1 else 100},) * 2)
+try:
+    with VideoWriter(sys.argv[1], 48, 48, 16) as video:
+        video.write(frames)
+except UserError as error:
+    print(error)
+"""
+    command = [sys.executable, "-c", script, tmp_path / f"clip{suffix}"]
+
+    run = subprocess.run(command, capture_output=True, text=True)
+
+    assert run.returncode == 0, run.stderr
+    assert f"clip{suffix}: File too large; free space or choose another path" in run.stdout
+    assert [path.read_bytes() for path in tmp_path.iterdir()] == [older]
 
 
 def test_close_replaces_the_older_file_and_may_be_called_twice(tmp_path: Path) -> None:
@@ -229,8 +257,9 @@ print(peak() - early)
     [
         ("clip.avi", r"'\.avi' is not one of \.mp4, \.webp, \.gif, \.png"),
         ("clip", "suffix '' is not one of"),
-        ("missing/clip.mp4", "No such file or directory; choose a folder that exists"),
+        ("missing/clip.mp4", "No such file or directory; free space or choose another path"),
         ("folder.mp4", "it is a folder"),
+        ("folder.mp4/" + 252 * "n" + ".mp4", "File name too long"),
     ],
 )
 def test_a_path_that_cannot_be_written_is_refused_at_once(tmp_path: Path, name: str, message: str) -> None:
@@ -239,7 +268,13 @@ def test_a_path_that_cannot_be_written_is_refused_at_once(tmp_path: Path, name: 
     with pytest.raises(UserError, match=message):
         VideoWriter(tmp_path / name, 48, 48, 16)
 
-    assert list(tmp_path.iterdir()) == [tmp_path / "folder.mp4"]
+    assert list(tmp_path.rglob("*")) == [tmp_path / "folder.mp4"]
+
+
+def test_a_name_may_be_as_long_as_the_system_allows(tmp_path: Path) -> None:
+    path = write(tmp_path / f"{250 * 'n'}.gif", clip())
+
+    assert list(tmp_path.iterdir()) == [path]
 
 
 @pytest.mark.parametrize(
@@ -248,11 +283,14 @@ def test_a_path_that_cannot_be_written_is_refused_at_once(tmp_path: Path, name: 
         ("clip.mp4", 0, 16, "1 to 16383 pixels, are 0 and 48"),
         ("clip.webp", 20000, 16, "are 20000 and 48"),
         ("clip.mp4", 48, 0, "fps is 0"),
-        ("clip.gif", 48, 60, "up to 50 frames a second, fps is 60"),
+        ("clip.mp4", 48, 0.0001, "1/1000 to 1000 frames a second, fps is 0.0001"),
+        ("clip.mp4", 48, float("nan"), "fps is nan"),
+        ("clip.webp", 48, float("inf"), "fps is inf"),
+        ("clip.gif", 48, 60, "1/655 to 50 frames a second, fps is 60"),
     ],
 )
 def test_a_size_or_rate_out_of_range_is_refused_at_once(
-    tmp_path: Path, name: str, width: int, fps: int, message: str
+    tmp_path: Path, name: str, width: int, fps: float, message: str
 ) -> None:
     with pytest.raises(UserError, match=message):
         VideoWriter(tmp_path / name, width, 48, fps)
@@ -267,7 +305,7 @@ def test_a_size_or_rate_out_of_range_is_refused_at_once(
         ("clip.mp4", clip()[0], r"are uint8 \[48, 48, 3\]"),
         ("clip.mp4", clip(width=64), r"are uint8 \[12, 48, 64, 3\]"),
         ("clip.mp4", clip()[:0], "no frames"),
-        ("clip.png", clip(2), r"\.png holds 1 frame, got 2; write \.mp4, \.webp, \.gif instead"),
+        ("clip.png", clip(2), r"\.png holds 1 frame, the clip has 2; write \.mp4, \.webp, \.gif instead"),
         ("clip.png", clip()[:0], "no frames"),
     ],
 )

@@ -1,8 +1,8 @@
 """Makes the embedded model: `python -m tubelet.export.demo FOLDER`.
 
 Stages, each skipped when its result is in FOLDER: the VAE, the pool of latents, the denoiser, the decoder once more,
-the checkpoint. An
-interrupted training goes on from its last save. Then `tubelet export FOLDER/checkpoint -o BUNDLE` makes the bundle.
+the checkpoint. An interrupted training goes on from its last save; a changed recipe needs a new FOLDER. Then
+`tubelet export FOLDER/checkpoint -o BUNDLE` makes the bundle.
 """
 
 from __future__ import annotations
@@ -52,4 +52,6 @@ def write_checkpoint(spec: ModelSpec, folder: Path) -> None:
 
 
 if __name__ == "__main__":
+    if len(sys.argv) != 2:
+        sys.exit(__doc__)
     make(Path(sys.argv[1]))

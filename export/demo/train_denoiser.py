@@ -31,7 +31,7 @@ from ..text_encoder import TextEncoder
 from ..vae import Vae, whole
 from .recipe import tokenizer
 from .train_vae import to_pixels
-from .training import Checkpoint, Optimizers, trapezoid, unit_gain_
+from .training import Checkpoint, Optimizers, averaged, save, trapezoid, unit_gain_
 from .world import TRAINED, Scene, caption, render
 
 # width, height, frames that the motion is drawn for, clips in the pool
@@ -70,7 +70,7 @@ def encode_pool(spec: ModelSpec, folder: Path) -> None:
                 latents.append(mean.half())
             pool.append({"latents": torch.cat(latents), "scenes": scenes, "size": (width, height, frames)})
             print(f"encoded {width}x{height}x{frames}: {count} clips", flush=True)
-    torch.save(pool, folder / "latents.pt")
+    save(pool, folder / "latents.pt")
 
 
 def _vae(spec: ModelSpec, folder: Path) -> Vae:
@@ -176,7 +176,7 @@ class Batches:
         )
 
 
-def draw_sigmas(count: int, tokens: int) -> Tensor:
+def draw_sigmas(count: int) -> Tensor:
     """Noise levels [count]: logit-normal, shifted towards noise, where motion is decided."""
     sigma = torch.sigmoid(torch.randn(count))
     shift = 3.0
@@ -196,7 +196,7 @@ def flow_loss(model: Model, batch: Batch, sigma: Tensor, noise: Tensor, features
 def train(spec: ModelSpec, folder: Path) -> None:
     torch.manual_seed(2)
     model = Model(spec)
-    average = torch.optim.swa_utils.AveragedModel(model, multi_avg_fn=torch.optim.swa_utils.get_ema_multi_avg_fn(0.998))
+    average = averaged(model, 0.998)
     optimizers = Optimizers(model, LEARNING_RATE, LEARNING_RATE)
     batches = Batches(spec, folder)
     state = {"model": model, "average": average, "optimizers": optimizers}
@@ -208,15 +208,15 @@ def train(spec: ModelSpec, folder: Path) -> None:
         for step in checkpoint.steps(STEPS, gaps):
             torch.manual_seed(1_000_000 + step)
             batch = batches(step)
-            sigma = draw_sigmas(len(batch.clean), batch.clean.shape[1])
+            sigma = draw_sigmas(len(batch.clean))
             loss = flow_loss(model, batch, sigma, torch.randn_like(batch.clean), spec.denoiser.time_features).mean()
             model.zero_grad()
             loss.backward()
             nn.utils.clip_grad_norm_(model.parameters(), 1.0)
             optimizers.step(trapezoid(step, STEPS, flat=0.5))
             average.update_parameters(model)
-            checkpoint.log(step, loss=loss.item(), tokens=batch.clean.shape[0] * batch.clean.shape[1])
-    torch.save(average.module.state_dict(), folder / "denoiser.pt")
+            checkpoint.log(loss=loss.item(), tokens=batch.clean.shape[0] * batch.clean.shape[1])
+    save(average.module.state_dict(), folder / "denoiser.pt")
 
 
 GAPS = {

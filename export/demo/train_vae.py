@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import itertools
 import math
+from collections.abc import Callable
 from pathlib import Path
 from typing import cast
 
@@ -18,12 +19,12 @@ from torch import Tensor, nn
 
 from tubelet.runtime.spec import VaeSpec
 
-from ..vae import ResidualBlock, Vae, whole
-from .training import Checkpoint, Optimizers, trapezoid, unit_gain_
-from .world import HELD_OUT, SCENES, TRAINED, Scene, render
+from ..vae import ResidualBlock, Vae, stream, whole
+from .training import Checkpoint, Optimizers, averaged, save, trapezoid, unit_gain_
+from .world import HELD_OUT, TRAINED, Scene, render
 
-FIRST, SECOND = 3800, 4600  # steps of two descents of the learning rate
-STEPS = FIRST + SECOND
+FIRST, SECOND, THIRD = 3800, 4600, 1400  # steps of three descents of the learning rate
+STEPS = FIRST + SECOND + THIRD
 BATCH = 2
 SIZES = ((48, 48), (64, 48), (48, 64), (64, 64), (80, 48), (48, 80), (96, 64), (64, 96))  # width, height
 SIZE_ODDS = np.array([8, 3, 3, 2, 1, 1, 0.5, 0.5]) / 19
@@ -34,8 +35,12 @@ REFINE_STEPS, REFINE_NOISE = 4000, 0.04
 
 
 def rate(step: int) -> float:
-    """Share of the peak learning rate: down to zero twice, the second time from three quarters."""
-    return trapezoid(step, FIRST, flat=0.4) if step < FIRST else 0.75 * trapezoid(step - FIRST, SECOND, flat=0.25)
+    """Share of the peak learning rate: down to zero three times, from lower every time."""
+    if step < FIRST:
+        return trapezoid(step, FIRST, flat=0.4)
+    if step < FIRST + SECOND:
+        return 0.75 * trapezoid(step - FIRST, SECOND, flat=0.25)
+    return 0.4 * trapezoid(step - FIRST - SECOND, THIRD, flat=0.2)
 
 
 def to_pixels(clips: np.ndarray) -> Tensor:
@@ -43,18 +48,44 @@ def to_pixels(clips: np.ndarray) -> Tensor:
     return torch.from_numpy(clips).permute(0, 4, 1, 2, 3).float() / 127.5 - 1
 
 
-def train_batch(step: int) -> Tensor:
-    """The clips of one step: slow and fast motion, cut to one size and length."""
+def train_batch(step: int) -> tuple[Tensor, int]:
+    """The clips of one step, and how many of their frames are history that only fills the causal caches.
+
+    The first two descents see short clips from their start, which is cheap. In the third most batches have history, of
+    up to the longest that a layer looks back: without it quality falls from the eighteenth frame on.
+    """
     rng = np.random.default_rng((11, step))
     width, height = SIZES[rng.choice(len(SIZES), p=SIZE_ODDS)]
-    frames = int(rng.choice(LENGTHS, p=LENGTH_ODDS))
+    frames, history = int(rng.choice(LENGTHS, p=LENGTH_ODDS)), 0
+    if step >= FIRST + SECOND and rng.random() < 0.75:
+        frames, history = 8, 1 + 4 * int(rng.integers(11))
     clips = []
     for _ in range(BATCH):
         scene = TRAINED[rng.integers(len(TRAINED))]
-        clip = render(scene, width, height, max(frames, int(rng.choice((17, 33, 49)))), rng)
-        start = rng.integers(len(clip) - frames + 1)
-        clips.append(clip[start : start + frames])
-    return to_pixels(np.stack(clips))
+        clip = render(scene, width, height, max(frames + history, int(rng.choice((17, 33, 49)))), rng)
+        start = rng.integers(len(clip) - frames - history + 1)
+        clips.append(clip[start : start + frames + history])
+    return to_pixels(np.stack(clips)), history
+
+
+def autoencode(vae: Vae, pixels: Tensor, history: int, draw: Callable[[Tensor], Tensor]) -> tuple[Tensor, Tensor]:
+    """Encodes, draws latents and decodes; no gradient flows into the first `history` frames.
+
+    Returns what the encoder says of the other frames [B,2C,T',h,w] and their reconstruction [B,3,T,H,W].
+    """
+    encoder_caches = decoder_caches = None
+    if history:
+        with torch.no_grad():
+            statistics, encoder_caches = stream(vae.encoder, pixels[:, :, :history])
+            _, decoder_caches = stream(vae.decoder, statistics.chunk(2, dim=1)[0])
+    statistics, _ = stream(vae.encoder, pixels[:, :, history:], encoder_caches)
+    return statistics, stream(vae.decoder, draw(statistics), decoder_caches)[0]
+
+
+def sample(statistics: Tensor) -> Tensor:
+    """Latents from the posterior whose mean and log-variance these are."""
+    mean, log_variance = statistics.chunk(2, dim=1)
+    return mean + torch.randn_like(mean) * (0.5 * log_variance.clamp(-20, 4)).exp()
 
 
 def psnr(a: np.ndarray, b: np.ndarray) -> float:
@@ -82,7 +113,6 @@ def train(spec: VaeSpec, folder: Path) -> None:
     torch.manual_seed(1)
     vae = Vae(spec)
     unit_gain_(vae)
-    average = torch.optim.swa_utils.AveragedModel(vae, multi_avg_fn=torch.optim.swa_utils.get_ema_multi_avg_fn(0.995))
     with torch.no_grad():  # blocks start as identities and the posterior narrow, so that places get through early
         for module in vae.modules():
             if isinstance(module, ResidualBlock):
@@ -90,16 +120,18 @@ def train(spec: VaeSpec, folder: Path) -> None:
         narrow = slice(spec.latent_channels, None)
         vae.encoder.conv_out.weight[narrow] *= 0.1
         nn.init.constant_(vae.encoder.conv_out.get_parameter("bias")[narrow], -5.0)
+    average = averaged(vae, 0.995)
     optimizers = Optimizers(vae, MUON_RATE, ADAMW_RATE)
     state = {"vae": vae, "average": average, "optimizers": optimizers}
     checkpoint = Checkpoint(folder / "vae_training.pt", state, every=400)
     for step in checkpoint.steps(STEPS, {"held_out_psnr": lambda: _held_out_psnr(cast(Vae, average.module))}):
         torch.manual_seed(step)
-        pixels = train_batch(step).contiguous(memory_format=torch.channels_last_3d)
-        mean, log_variance = whole(vae.encoder, pixels).chunk(2, dim=1)
+        pixels, history = train_batch(step)
+        pixels = pixels.contiguous(memory_format=torch.channels_last_3d)
+        statistics, decoded = autoencode(vae, pixels, history, sample)
+        error = decoded - pixels[:, :, history:]
+        mean, log_variance = statistics.chunk(2, dim=1)
         log_variance = log_variance.clamp(-20, 4)
-        latents = mean + torch.randn_like(mean) * (0.5 * log_variance).exp()
-        error = whole(vae.decoder, latents) - pixels
         kl = 0.5 * (mean**2 + log_variance.exp() - 1 - log_variance).mean()
         loss = error.abs().mean() + error.square().mean() + KL_WEIGHT * kl
         vae.zero_grad()
@@ -107,12 +139,18 @@ def train(spec: VaeSpec, folder: Path) -> None:
         nn.utils.clip_grad_norm_(vae.parameters(), 1.0)
         optimizers.step(rate(step))
         average.update_parameters(vae)
-        checkpoint.log(step, loss=loss.item(), kl=kl.item(), mse=error.square().mean().item())
+        checkpoint.log(loss=loss.item(), kl=kl.item(), mse=error.square().mean().item())
     trained = cast(Vae, average.module)
     mean, std = _latent_statistics(trained)
     trained.latent_mean.copy_(mean.reshape(trained.latent_mean.shape))
     trained.latent_std.copy_(std.reshape(trained.latent_std.shape))
-    torch.save(trained.state_dict(), folder / "vae.pt")
+    save(trained.state_dict(), folder / "vae.pt")
+
+
+def blur(vae: Vae, statistics: Tensor) -> Tensor:
+    """The posterior's mean with a little noise, and no gradient to the encoder."""
+    mean = statistics.detach().chunk(2, dim=1)[0]
+    return mean + REFINE_NOISE * vae.latent_std * torch.randn_like(mean)
 
 
 def refine_decoder(spec: VaeSpec, folder: Path) -> None:
@@ -123,25 +161,24 @@ def refine_decoder(spec: VaeSpec, folder: Path) -> None:
     vae = Vae(spec)
     vae.load_state_dict(torch.load(folder / "vae.pt", weights_only=True))
     decoder = vae.decoder
-    average = torch.optim.swa_utils.AveragedModel(vae, multi_avg_fn=torch.optim.swa_utils.get_ema_multi_avg_fn(0.995))
+    average = averaged(vae, 0.995)
     optimizers = Optimizers(decoder, MUON_RATE / 2, ADAMW_RATE / 2)
     state = {"vae": vae, "average": average, "optimizers": optimizers}
     checkpoint = Checkpoint(folder / "decoder_training.pt", state, every=400)
     for step in checkpoint.steps(REFINE_STEPS, {"held_out_psnr": lambda: _held_out_psnr(cast(Vae, average.module))}):
         torch.manual_seed(500_000 + step)
-        pixels = train_batch(STEPS + step).contiguous(memory_format=torch.channels_last_3d)
-        with torch.no_grad():
-            mean = whole(vae.encoder, pixels).chunk(2, dim=1)[0]
-            latents = mean + REFINE_NOISE * vae.latent_std * torch.randn_like(mean)
-        error = whole(decoder, latents) - pixels
+        pixels, history = train_batch(STEPS + step)
+        pixels = pixels.contiguous(memory_format=torch.channels_last_3d)
+        _, decoded = autoencode(vae, pixels, history, lambda statistics: blur(vae, statistics))
+        error = decoded - pixels[:, :, history:]
         loss = 0.3 * error.abs().mean() + error.square().mean()
         decoder.zero_grad()
         loss.backward()
         nn.utils.clip_grad_norm_(decoder.parameters(), 1.0)
         optimizers.step(trapezoid(step, REFINE_STEPS, flat=0.3))
         average.update_parameters(vae)
-        checkpoint.log(step, loss=loss.item(), mse=error.square().mean().item())
-    torch.save(average.module.state_dict(), folder / "vae_refined.pt")
+        checkpoint.log(loss=loss.item(), mse=error.square().mean().item())
+    save(average.module.state_dict(), folder / "vae_refined.pt")
 
 
 def _held_out_psnr(vae: Vae) -> float:
@@ -154,7 +191,7 @@ def _latent_statistics(vae: Vae) -> tuple[Tensor, Tensor]:
     rng = np.random.default_rng(17)
     values = []
     for _ in range(200):
-        clip = render(SCENES[rng.integers(len(SCENES))], 64, 64, 17, rng)
+        clip = render(TRAINED[rng.integers(len(TRAINED))], 64, 64, 17, rng)
         values.append(whole(vae.encoder, to_pixels(clip[None])).chunk(2, dim=1)[0].transpose(0, 1).flatten(1))
     latents = torch.cat(values, dim=1)
     return latents.mean(dim=1), latents.std(dim=1)

@@ -11,6 +11,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
 
 def unit_gain_(module: nn.Module) -> None:
@@ -21,6 +22,13 @@ def unit_gain_(module: nn.Module) -> None:
             nn.init.normal_(layer.weight, std=fan_in**-0.5)
             if layer.bias is not None:
                 nn.init.zeros_(layer.bias)
+
+
+def save(value: Any, path: Path) -> None:
+    """torch.save under a temporary name, then renamed: a file that exists is whole."""
+    partial = path.with_suffix(".partial")
+    torch.save(value, partial)
+    os.replace(partial, path)
 
 
 class Checkpoint:
@@ -55,14 +63,12 @@ class Checkpoint:
                     file.write(json.dumps(line) + "\n")
                 print(json.dumps(line), flush=True)
 
-    def log(self, step: int, **values: float) -> None:
+    def log(self, **values: float) -> None:
         for name, value in values.items():
             self.recent.setdefault(name, []).append(value)
 
     def _save(self, step: int) -> None:
-        partial = self.path.with_suffix(".partial")
-        torch.save({"step": step, **{name: part.state_dict() for name, part in self.parts.items()}}, partial)
-        os.replace(partial, self.path)
+        save({"step": step, **{name: part.state_dict() for name, part in self.parts.items()}}, self.path)
 
 
 class Muon(torch.optim.Optimizer):
@@ -105,6 +111,11 @@ class Muon(torch.optim.Optimizer):
             square = x @ x.mT
             x = a * x + (b * square + c * square @ square) @ x
         return x.mT if tall else x
+
+
+def averaged(model: nn.Module, decay: float) -> AveragedModel:
+    """The exponential moving average of a model's weights, which is what is kept in the end."""
+    return AveragedModel(model, multi_avg_fn=get_ema_multi_avg_fn(decay))
 
 
 def trapezoid(step: int, steps: int, flat: float) -> float:

@@ -1,0 +1,63 @@
+"""Reads JSON into frozen dataclasses, strictly, and checks what they hold.
+
+Flows in: a type and a parsed JSON value. Flows out: an instance, or a UserError that names the field and its value.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import typing
+from collections.abc import Collection, Mapping
+from types import UnionType
+from typing import Any, TypeVar
+
+from .errors import UserError
+
+T = TypeVar("T")
+
+
+def require(condition: bool, message: str) -> None:
+    """Raises UserError with the message unless the condition holds."""
+    if not condition:
+        raise UserError(message)
+
+
+def require_positive(instance: Any, where: str, but: Collection[str] = ()) -> None:
+    """Raises UserError unless every number of a dataclass, inside tuples too, is above 0 and finite."""
+    for name, value in vars(instance).items():
+        for number in value if isinstance(value, tuple) else (value,):
+            if isinstance(number, int | float) and not isinstance(number, bool) and name not in but:
+                require(0 < number < float("inf"), f"{where}.{name} must be above 0, is {value!r}")
+
+
+def read(kind: type[T], value: Any, where: str) -> T:
+    """Converts parsed JSON to `kind`; every field of a dataclass must be there, and no other."""
+    return typing.cast(T, _read(kind, value, where))
+
+
+def _read(kind: Any, value: Any, where: str) -> Any:
+    origin, arguments = typing.get_origin(kind), typing.get_args(kind)
+    if dataclasses.is_dataclass(kind):
+        return _read_dataclass(kind, value, where)
+    if origin is tuple:
+        require(isinstance(value, list | tuple), f"{where} must be a list, is {value!r}")
+        kinds = (arguments[0],) * len(value) if arguments[-1] is Ellipsis else arguments
+        require(len(kinds) == len(value), f"{where} must have {len(kinds)} entries, has {len(value)}")
+        return tuple(_read(k, v, f"{where}[{i}]") for i, (k, v) in enumerate(zip(kinds, value, strict=True)))
+    if origin is Mapping:
+        require(isinstance(value, dict), f"{where} must be an object, is {value!r}")
+        return {name: _read(arguments[1], entry, f"{where}.{name}") for name, entry in value.items()}
+    if kind is float and type(value) is int:
+        value = float(value)
+    kinds = arguments if origin is UnionType else (kind,)
+    require(type(value) in kinds, f"{where} must be {' or '.join(k.__name__ for k in kinds)}, is {value!r}")
+    return value
+
+
+def _read_dataclass(kind: Any, value: Any, where: str) -> Any:
+    require(isinstance(value, dict), f"{where} must be an object, is {value!r}")
+    hints = typing.get_type_hints(kind)
+    names = {field.name for field in dataclasses.fields(kind)}
+    missing, unknown = sorted(names - set(value)), sorted(set(value) - names)
+    require(not missing and not unknown, f"{where} lacks {missing or 'nothing'} and has unknown {unknown or 'nothing'}")
+    return kind(**{name: _read(hints[name], value[name], f"{where}.{name}") for name in value})
