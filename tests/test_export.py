@@ -47,7 +47,7 @@ def test_graphs_hold_no_weights_and_no_paths(path: Path) -> None:
     assert {entry.value for t in external for entry in t.external_data if entry.key == "location"} == {
         "weights.safetensors"
     }
-    assert sum(len(t.SerializeToString()) for t in internal) < 20_000
+    assert max(len(t.SerializeToString()) for t in internal) < 1_000  # shape arithmetic, no weight
     assert path.stat().st_size < 400_000
     assert b"/" + b"site-packages" not in path.read_bytes()
     assert {opset.version for opset in model.opset_import} == {23}

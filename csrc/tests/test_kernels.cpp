@@ -1,12 +1,16 @@
-// The launchers against naive loops on random shapes, for AddressSanitizer and UndefinedBehaviorSanitizer to watch:
+// The checked operations, and with them the launchers, against naive loops on random shapes, dtypes and row strides,
+// for AddressSanitizer and UndefinedBehaviorSanitizer to watch; then that each wrong argument is named:
 //   cmake -B build -DTUBELET_TESTS=ON -DTUBELET_SANITIZE=ON && cmake --build build && ctest --test-dir build
 // Buffers are exactly as large as the kernels may touch, so a step beyond them is caught.
 #include <cstdio>
 #include <cstdlib>
+#include <functional>
 #include <random>
+#include <string>
+#include <type_traits>
 #include <vector>
 
-#include "kernels.h"
+#include "ops.h"
 
 namespace {
 
@@ -24,9 +28,9 @@ std::vector<float> normals(int64_t size) {
     return values;
 }
 
-void require(bool condition, const char* what) {
+void require(bool condition, const std::string& what) {
     if (condition) return;
-    std::fprintf(stderr, "failed: %s\n", what);
+    std::fprintf(stderr, "failed: %s\n", what.c_str());
     std::exit(1);
 }
 
@@ -35,27 +39,49 @@ bool same(T one, T other) {
     return std::memcmp(&one, &other, sizeof(T)) == 0;
 }
 
-void test_rope3d() {
-    const RopeAxis axes[3] = {{between(1, 6), between(1, 9), 1e4, normal()},
-                              {between(1, 6), between(0, 9), 1e3, normal()},
-                              {between(1, 6), between(1, 9), 1e4, 0.0}};
-    const int64_t pairs = axes[0].pairs + axes[1].pairs + axes[2].pairs;
-    std::vector<float> cos(axes[0].size * axes[1].size * axes[2].size * pairs), sin(cos.size());
+template <class T>
+constexpr DType dtype_of() {
+    return sizeof(T) == 4 ? DType::f32 : std::is_same_v<T, Half> ? DType::f16 : DType::bf16;
+}
 
-    launch_rope3d(cos.data(), sin.data(), axes);
+// Borrows `memory`; dense unless strides are given. The stride of an axis of length 1 may be anything, so it is.
+template <class T>
+Array array(const char* name, std::vector<T>& memory, const std::vector<int64_t>& shape,
+            const std::vector<int64_t>& strides = {}, int64_t shift = 0) {
+    Array result{name, memory.data() + shift, dtype_of<T>(), int(shape.size()), {}, {}};
+    int64_t dense = 1;
+    for (int i = result.rank - 1; i >= 0; --i) {
+        result.shape[i] = shape[i];
+        result.stride[i] = shape[i] == 1 ? between(-9, 9) : strides.empty() ? dense : strides[i];
+        dense *= shape[i];
+    }
+    return result;
+}
+
+void test_rope3d() {
+    const Triple grid = {between(1, 6), between(1, 6), between(1, 6)};
+    const int64_t head_dim = 2 * between(1, 30), space = 2 * (head_dim / 6), tokens = grid[0] * grid[1] * grid[2];
+    const RealTriple offset = {normal(), 0, normal()};
+    const double theta = 1e4, stretch = head_dim < 12 ? 1 : 2;
+    const int64_t values[3] = {head_dim - 2 * space, space, space};
+    std::vector<float> cos(tokens * head_dim / 2), sin(cos.size());
+
+    rope3d(array("cos", cos, {tokens, head_dim / 2}), array("sin", sin, {tokens, head_dim / 2}), grid, head_dim, theta,
+           offset, {1, stretch, 1});
 
     size_t at = 0;
-    for (int64_t t = 0; t < axes[0].size; ++t)
-        for (int64_t h = 0; h < axes[1].size; ++h)
-            for (int64_t w = 0; w < axes[2].size; ++w) {
-                const int64_t position[3] = {t, h, w};
-                for (int axis = 0; axis < 3; ++axis)
-                    for (int64_t i = 0; i < axes[axis].pairs; ++i, ++at) {
-                        const double angle = rope_angle(axes[axis], position[axis], i);
-                        require(same(cos[at], float(std::cos(angle))), "rope3d: cos");
-                        require(same(sin[at], float(std::sin(angle))), "rope3d: sin");
-                    }
+    for (int64_t n = 0; n < tokens; ++n) {
+        const int64_t position[3] = {n / grid[2] / grid[1], n / grid[2] % grid[1], n % grid[2]};
+        for (int axis = 0; axis < 3; ++axis) {
+            const double d = double(values[axis]);
+            const double base = axis == 1 && stretch != 1 ? theta * std::pow(stretch, d / (d - 2)) : theta;
+            for (int64_t i = 0; i < values[axis] / 2; ++i, ++at) {
+                const double angle = (double(position[axis]) + offset[axis]) / std::pow(base, 2 * double(i) / d);
+                require(std::fabs(cos[at] - std::cos(angle)) < 1e-7, "rope3d: cos");
+                require(std::fabs(sin[at] - std::sin(angle)) < 1e-7, "rope3d: sin");
             }
+        }
+    }
 }
 
 template <class T>
@@ -69,9 +95,11 @@ void test_pack(bool large) {
     const int64_t tokens = p.t * p.h * p.w, stride = p.values() + between(0, 4), shift = between(0, 3);
     std::vector<T> latent(tokens * p.values()), packed(shift + (tokens - 1) * stride + p.values()), back(latent.size());
     for (T& value : latent) value = T(random_bits());
+    const std::vector<int64_t> shape = {p.channels, p.t * p.pt, p.h * p.ph, p.w * p.pw};
+    const Array rows = array("tokens", packed, {tokens, between(p.values(), stride)}, {stride, 1}, shift);
 
-    launch_pack(packed.data() + shift, stride, latent.data(), p, sizeof(T));
-    launch_unpack(back.data(), packed.data() + shift, stride, p, sizeof(T));
+    pack(rows, array("latent", latent, shape), {p.pt, p.ph, p.pw});
+    unpack(array("latent", back, shape), rows, {p.pt, p.ph, p.pw});
 
     for (int64_t n = 0; n < tokens; ++n)
         for (int64_t k = 0; k < p.values(); ++k)
@@ -80,74 +108,169 @@ void test_pack(bool large) {
 }
 
 template <class T>
-void test_guided_step(DType dtype, bool large) {
-    GuidedStep step{};
-    step.count = large ? 5003 : between(0, 40);
-    step.width = large ? 257 : between(1, 2500);
-    step.buffers = int(between(1, kMaxBuffers));
-    step.dtype = dtype;
-    step.batch = int(between(1, 2));
-    step.guidance = normal();
-    step.token_stride = step.width + (between(0, 1) ? between(0, 5) : 0);
-    step.batch_stride = step.count * step.token_stride;
-    step.clean_scale = normal();
-    step.noise_scale = normal();
-    const int64_t size = step.count * step.width;
+void test_guided_step(bool large) {
+    const int64_t count = large ? 5003 : between(0, 40), width = large ? 257 : between(1, 1500);
+    const int64_t buffers = between(1, kMaxBuffers), batch = between(1, 2), size = count * width;
+    const int64_t token_stride = width + (between(0, 1) ? between(0, 5) : 0);
+    const int64_t batch_stride = count * token_stride + between(0, 9);
+    const float guidance = normal(), clean_scale = normal(), noise_scale = normal();
+    const bool pinned = between(0, 1), noisy = between(0, 1);
 
-    std::vector<std::vector<float>> before;
-    for (int row = 0; row < step.buffers; ++row) {
-        before.push_back(normals(size));
+    std::vector<float> matrix;
+    for (int64_t row = 0; row < buffers; ++row) {
         const bool unchanged = between(0, 3) == 0;
-        for (int column = 0; column <= step.buffers; ++column)
-            step.matrix[row][column] = unchanged ? float(row == column) : between(0, 2) ? normal() : 0.0f;
+        for (int64_t column = 0; column <= buffers; ++column)
+            matrix.push_back(unchanged ? float(row == column) : between(0, 2) ? normal() : 0.0f);
     }
+    std::vector<std::vector<float>> before;
+    for (int64_t row = 0; row < buffers; ++row) before.push_back(normals(size));
     std::vector<std::vector<float>> state = before;
-    for (int row = 0; row < step.buffers; ++row) step.state[row] = state[row].data();
-    std::vector<T> velocity(step.batch * size), tokens(step.batch * step.batch_stride);
+    std::vector<Array> arrays;
+    for (std::vector<float>& buffer : state) arrays.push_back(array("state", buffer, {count, width}));
+    std::vector<T> velocity(batch * size);
     for (T& value : velocity) value = from_float<T>(normal());
-    std::vector<float> known(step.count), clean = normals(size), noise = normals(size);
+    std::vector<T> tokens(count ? (batch - 1) * batch_stride + (count - 1) * token_stride + width : 0);
+    std::vector<float> known(count), clean = normals(size), noise = normals(size);
     for (float& flag : known) flag = float(between(0, 1));
-    step.velocity = velocity.data();
-    step.tokens = tokens.data();
-    step.known = between(0, 1) ? known.data() : nullptr;
-    step.clean = clean.data();
-    step.noise = between(0, 1) ? noise.data() : nullptr;
+    const auto given = [](bool is_given, const Array& value) { return is_given ? std::optional(value) : std::nullopt; };
 
-    launch_guided_step(step);
+    guided_step(arrays, array("velocity", velocity, {batch, count, width}),
+                array("tokens", tokens, {batch, count, width}, {batch_stride, token_stride, 1}),
+                array("matrix", matrix, {buffers, buffers + 1}), guidance,
+                given(pinned, array("known", known, {count})), array("clean", clean, {count, width}),
+                given(noisy, array("noise", noise, {count, width})), clean_scale, noisy ? noise_scale : 0.0);
 
     for (int64_t i = 0; i < size; ++i) {
         const float conditional = to_float(velocity[i]);
-        const float v = step.batch == 1 ? conditional : guide(conditional, to_float(velocity[size + i]), step.guidance);
-        for (int row = 0; row < step.buffers; ++row) {
-            float expected = step.matrix[row][step.buffers] * v, magnitude = std::fabs(expected);
-            for (int column = 0; column < step.buffers; ++column) {
-                expected += step.matrix[row][column] * before[column][i];
-                magnitude += std::fabs(step.matrix[row][column] * before[column][i]);
+        const float v = batch == 1 ? conditional : guide(conditional, to_float(velocity[size + i]), guidance);
+        for (int64_t row = 0; row < buffers; ++row) {
+            const float* const factors = &matrix[row * (buffers + 1)];
+            float expected = factors[buffers] * v, magnitude = std::fabs(expected);
+            for (int64_t column = 0; column < buffers; ++column) {
+                expected += factors[column] * before[column][i];
+                magnitude += std::fabs(factors[column] * before[column][i]);
             }
-            if (row == 0 && step.known && known[i / step.width] != 0) {
-                const float level = step.noise ? step.noise_scale * noise[i] : 0.0f;
-                expected = step.clean_scale * clean[i] + level;
-                magnitude = std::fabs(step.clean_scale * clean[i]) + std::fabs(level);
+            if (row == 0 && pinned && known[i / width] != 0) {
+                const float level = noisy ? noise_scale * noise[i] : 0.0f;
+                expected = clean_scale * clean[i] + level;
+                magnitude = std::fabs(clean_scale * clean[i]) + std::fabs(level);
             }
             require(std::fabs(state[row][i] - expected) <= 1e-6f * magnitude, "guided_step: state");
         }
-        const int64_t at = i / step.width * step.token_stride + i % step.width;
-        for (int b = 0; b < step.batch; ++b)
-            require(same(tokens[b * step.batch_stride + at], from_float<T>(state[0][i])), "guided_step: tokens");
+        const int64_t at = i / width * token_stride + i % width;
+        for (int64_t b = 0; b < batch; ++b)
+            require(same(tokens[b * batch_stride + at], from_float<T>(state[0][i])), "guided_step: tokens");
     }
+}
+
+void require_refused(const std::string& message, const std::function<void()>& call) {
+    std::string said = "nothing";
+    try {
+        call();
+    } catch (const ArgumentError& error) {
+        said = error.what();
+    }
+    require(said.rfind(message, 0) == 0, "expected '" + message + "', got '" + said + "'");
+}
+
+void test_guided_step_refuses() {
+    struct Arguments {
+        std::vector<Array> state;
+        Array velocity, tokens, matrix;
+        std::optional<Array> known, clean, noise;
+    };
+    std::vector<float> memory[8];
+    for (std::vector<float>& values : memory) values.resize(2 * 4 * 8);
+    const Arguments right = {
+        {array("state[0]", memory[0], {4, 6}), array("state[1]", memory[1], {4, 6})},
+        array("velocity", memory[2], {2, 4, 6}),
+        array("tokens", memory[3], {2, 4, 6}, {32, 8, 1}),
+        array("matrix", memory[4], {2, 3}),
+        array("known", memory[5], {4}),
+        array("clean", memory[6], {4, 6}),
+        array("noise", memory[7], {4, 6}),
+    };
+    const auto step = [](const Arguments& a) {
+        guided_step(a.state, a.velocity, a.tokens, a.matrix, 1.0, a.known, a.clean, a.noise, 1.0, 0.5);
+    };
+    const auto refused = [&](const char* message, const std::function<void(Arguments&)>& spoil) {
+        Arguments wrong = right;
+        spoil(wrong);
+        require_refused(message, [&] { step(wrong); });
+    };
+    step(right);
+
+    refused("state must be x and at most", [](Arguments& a) { a.state.clear(); });
+    refused("state must be x and at most", [](Arguments& a) { a.state.resize(kMaxBuffers + 1, a.state[0]); });
+    refused("state[1] must be float32, is float16", [](Arguments& a) { a.state[1].dtype = DType::f16; });
+    refused("state[1] must have shape [4, 6], has [5, 6]", [](Arguments& a) { a.state[1].shape[0] = 5; });
+    refused("state[0] must be contiguous", [](Arguments& a) { a.state[0].stride[0] = 8; });
+    refused("state[1] must not overlap state[0]",
+            [](Arguments& a) { a.state[1].data = static_cast<float*>(a.state[0].data) + 23; });
+    refused("state[0] must be aligned",
+            [](Arguments& a) { a.state[0].data = static_cast<char*>(a.state[0].data) + 1; });
+    refused("velocity must have shape [any, any, any], has [2, 4]", [](Arguments& a) { a.velocity.rank = 2; });
+    refused("velocity must have 1 row, or 2", [](Arguments& a) { a.velocity.shape[0] = 3; });
+    refused("velocity must be float32, float16 or", [](Arguments& a) { a.velocity.dtype = DType::other; });
+    refused("tokens must be float32, is bfloat16", [](Arguments& a) { a.tokens.dtype = DType::bf16; });
+    refused("tokens must have at least 6 values a token, has 5", [](Arguments& a) { a.tokens.shape[2] = 5; });
+    refused("tokens must be contiguous in its last 1", [](Arguments& a) { a.tokens.stride[2] = 2; });
+    refused("tokens must not overlap itself", [](Arguments& a) { a.tokens.stride[1] = 5; });
+    refused("tokens must not overlap itself or run backwards", [](Arguments& a) { a.tokens.stride[0] = -32; });
+    refused("matrix must have shape [2, 3], has [2, 2]", [](Arguments& a) { a.matrix.shape[1] = 2; });
+    refused("known must have shape [4], has [5]", [](Arguments& a) { a.known->shape[0] = 5; });
+    refused("clean is missing", [](Arguments& a) { a.clean.reset(); });
+    refused("noise is missing although noise_scale is 0.5", [](Arguments& a) { a.noise.reset(); });
+}
+
+void test_the_others_refuse() {
+    std::vector<float> memory(4 * 1 * 6 * 6), table(6 * 4);
+    const Array latent = array("latent", memory, {4, 1, 6, 6}), rows = array("tokens", memory, {9, 16});
+    const Array cos = array("cos", table, {6, 4}), sin = array("sin", table, {6, 4});
+    const Triple patch = {1, 2, 2}, grid = {1, 2, 3};
+    const RealTriple zero = {0, 0, 0}, one = {1, 1, 1};
+    Array flat = latent, wide = latent, dense = rows, halves = rows, low = sin;
+    flat.rank = 3;
+    wide.stride[2] = 7;
+    dense.stride[0] = 15;
+    halves.dtype = DType::f16;
+    low.dtype = DType::bf16;
+
+    for (const bool packs : {true, false}) {
+        const auto refused = [&](const char* message, const Array& tokens, const Array& image, const Triple& size) {
+            require_refused(message, [&] { packs ? pack(tokens, image, size) : unpack(image, tokens, size); });
+        };
+        refused("latent must have shape [any, any, any, any], has [4, 1, 6]", rows, flat, patch);
+        refused("latent must be contiguous", rows, wide, patch);
+        refused("latent must have a number of rows that is a multiple of 4, has 6", rows, latent, {1, 4, 2});
+        refused("patch must be positive, is [1, 0, 2]", rows, latent, {1, 0, 2});
+        refused("tokens must have shape [36, any], has [9, 16]", rows, latent, {1, 1, 1});
+        refused("tokens must have at least 16 values", array("tokens", memory, {9, 15}), latent, patch);
+        refused("tokens must be float32, is float16", halves, latent, patch);
+        refused("tokens must not overlap itself", dense, latent, patch);
+    }
+    require_refused("head_dim must be even", [&] { rope3d(cos, sin, grid, 7, 1e4, zero, one); });
+    require_refused("grid must lie within", [&] { rope3d(cos, sin, {1, 0, 3}, 8, 1e4, zero, one); });
+    require_refused("theta must be positive", [&] { rope3d(cos, sin, grid, 8, 0, zero, one); });
+    require_refused("ntk must be positive", [&] { rope3d(cos, sin, grid, 8, 1e4, zero, {1, -1, 1}); });
+    require_refused("ntk needs more than 2 values", [&] { rope3d(cos, sin, grid, 8, 1e4, zero, {1, 2, 1}); });
+    require_refused("cos must have shape [6, 5]", [&] { rope3d(cos, sin, grid, 10, 1e4, zero, one); });
+    require_refused("sin must be float32, is bfloat16", [&] { rope3d(cos, low, grid, 8, 1e4, zero, one); });
 }
 
 }  // namespace
 
 int main() {
     for (int round = 0; round < 40; ++round) {
-        const bool large = round < 4;
+        const bool large = round < 3;
         test_rope3d();
         test_pack<uint16_t>(large);
         test_pack<uint32_t>(large);
-        test_guided_step<float>(DType::f32, large);
-        test_guided_step<Half>(DType::f16, large);
-        test_guided_step<BFloat>(DType::bf16, large);
+        test_guided_step<float>(large);
+        test_guided_step<Half>(large);
+        test_guided_step<BFloat>(large);
     }
-    std::puts("all kernels agree with their definitions");
+    test_guided_step_refuses();
+    test_the_others_refuse();
+    std::puts("all operations agree with their definitions and refuse wrong arguments");
 }
