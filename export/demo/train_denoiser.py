@@ -45,7 +45,7 @@ POOL = (
 # latent frames of a batch, by latent frames of the pool's clips; 11 (41 frames) is never trained
 CUTS = {5: (5, 5, 3), 9: (9, 9, 7, 5), 13: (13, 9, 7)}
 IMAGE_SHARE = 0.06
-STEPS = 14000
+STEPS = 11000
 TOKENS_PER_BATCH = 2048
 LEARNING_RATE = 2.5e-3
 CAPTION_DROP = 0.1
