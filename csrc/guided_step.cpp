@@ -27,10 +27,10 @@ struct Step : GuidedStep {
     }
 
     TUBELET_HD void operator()(int64_t begin, int64_t end) const {
-        alignas(64) float next[kMaxBuffers][kBlock], guided[kBlock];
+        alignas(64) float next[kMaxBuffers][kBlock], scratch[3][kBlock];
         for (int64_t at = begin; at < end; at += kBlock) {
             const int64_t size = std::min(kBlock, end - at);
-            if (reads[buffers]) read_velocity(guided, at, size);
+            const float* const guided = reads[buffers] ? guided_velocity(scratch, at, size) : nullptr;
             for (int row = 0; row < buffers; ++row)
                 if (writes[row] || row == 0) combine(next[row], row, guided, at, size);
             if (known) pin_known(next[0], at, size);
@@ -41,14 +41,14 @@ struct Step : GuidedStep {
         if (streamed) fence();
     }
 
-    TUBELET_HD void read_velocity(float* guided, int64_t at, int64_t size) const {
-        const T* conditional = static_cast<const T*>(velocity) + at;
-        const T* unconditional = conditional + count * width;
-        if (batch == 1)
-            for (int64_t i = 0; i < size; ++i) guided[i] = to_float(conditional[i]);
-        else
-            for (int64_t i = 0; i < size; ++i)
-                guided[i] = guide(to_float(conditional[i]), to_float(unconditional[i]), guidance);
+    TUBELET_HD const float* guided_velocity(float (*scratch)[kBlock], int64_t at, int64_t size) const {
+        const T* const conditional = static_cast<const T*>(velocity) + at;
+        const float* const one = as(scratch[0], conditional, size);
+        if (batch == 1) return one;
+        const float* const other = as(scratch[1], conditional + count * width, size);
+        float* const __restrict guided = scratch[2];
+        for (int64_t i = 0; i < size; ++i) guided[i] = guide(one[i], other[i], guidance);
+        return guided;
     }
 
     TUBELET_HD void combine(float* __restrict sum, int row, const float* guided, int64_t at, int64_t size) const {
@@ -87,7 +87,7 @@ struct Step : GuidedStep {
 
     TUBELET_HD void write_tokens(const float* next, int64_t at, int64_t size) const {
         alignas(64) T buffer[kBlock];
-        const T* const cast = cast_block(buffer, next, size);
+        const T* const cast = as(buffer, next, size);
         for (int b = 0; b < batch; ++b) {
             T* const rows = static_cast<T*>(tokens) + b * batch_stride;
             if (token_stride == width)
@@ -100,11 +100,15 @@ struct Step : GuidedStep {
         }
     }
 
-    TUBELET_HD static const float* cast_block(float*, const float* values, int64_t) { return values; }
-
+    // The values in another format: converted in `buffer`, or where they are.
     template <class To>
-    TUBELET_HD static const To* cast_block(To* buffer, const float* values, int64_t size) {
-        for (int64_t i = 0; i < size; ++i) buffer[i] = from_float<To>(values[i]);
+    TUBELET_HD static const To* as(To*, const To* values, int64_t) {
+        return values;
+    }
+
+    template <class To, class From>
+    TUBELET_HD static const To* as(To* buffer, const From* values, int64_t size) {
+        convert(buffer, values, size);
         return buffer;
     }
 

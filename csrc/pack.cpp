@@ -13,6 +13,7 @@ struct Lines {
     char* base;
     int64_t strip_t, strip_h;
     std::vector<int64_t> offsets;
+    bool prefetched = false;  // reading is asked for ahead: lines too short and many for the processor to foresee
 
     int64_t count() const { return int64_t(offsets.size()); }
     char* strip(int64_t t, int64_t h) const { return base + t * strip_t + h * strip_h; }
@@ -25,7 +26,8 @@ struct Lines {
 };
 
 Lines token_lines(const void* tokens, int64_t stride, const Patching& p, int64_t size) {
-    Lines lines{static_cast<char*>(const_cast<void*>(tokens)), p.h * p.w * stride * size, p.w * stride * size, {}};
+    Lines lines{
+        static_cast<char*>(const_cast<void*>(tokens)), p.h * p.w * stride * size, p.w * stride * size, {}, true};
     for (int64_t w = 0; w < p.w; ++w) lines.offsets.push_back(w * stride * size);
     return lines;
 }
@@ -71,20 +73,55 @@ struct Transpose {
     TUBELET_HD void strip(char* target, const char* source) const {
         const char* columns[2 * kLine];  // columns [block - kLine, block + kLine)
         for (int64_t block = 0; block < from.count() + kLine; block += kLine) {
-            for (int64_t j = std::max<int64_t>(0, block - kLine); j < std::min(from.count(), block + kLine); ++j)
+            for (int64_t j = std::max<int64_t>(0, block - kLine); j < std::min(from.count(), block + kLine); ++j) {
                 columns[j - block + kLine] = source + from.offsets[j];
+                if (from.prefetched) prefetch(columns[j - block + kLine], kPrefetchedBytes);
+            }
             for (int64_t i = 0; i < to.count(); ++i) {
                 char* const line = target + to.offsets[i];
-                const int64_t shift = Streamed ? reinterpret_cast<uintptr_t>(line) / kSize % kLine : 0;
+                const int64_t shift = shift_of(line);
                 const int64_t j = block - shift;
                 const char* const* column = columns + kLine - shift;
-                if (j >= 0 && j + kLine <= from.count())
-                    whole(line + j * kSize, column, i * kSize);
-                else
+                if (j >= 0 && j + kLine <= from.count()) {
+                    if (i + 4 <= to.count() && four(&to.offsets[i], target, shift, j, column, i * kSize))
+                        i += 3;
+                    else
+                        whole(line + j * kSize, column, i * kSize);
+                } else
                     for (int64_t k = std::max<int64_t>(0, -j); k < std::min(kLine, from.count() - j); ++k)
                         memcpy(line + (j + k) * kSize, column[k] + i * kSize, kSize);
             }
         }
+    }
+
+    TUBELET_HD static int64_t shift_of(const char* line) {
+        return Streamed ? reinterpret_cast<uintptr_t>(line) / kSize % kLine : 0;
+    }
+
+    // Four lines at once in registers, where their cache lines begin alike: false when this is not so.
+    TUBELET_HD static bool four(const int64_t* offsets, char* target, int64_t shift, int64_t j,
+                                const char* const* column, int64_t at) {
+#if TUBELET_X86
+        if (kSize != 4) return false;
+        for (int i = 1; i < 4; ++i)
+            if (shift_of(target + offsets[i]) != shift) return false;
+        __m128 words[4][4];  // [line][part of its cache line]
+        for (int part = 0; part < 4; ++part) {
+            __m128 rows[4];
+            for (int i = 0; i < 4; ++i)
+                rows[i] = _mm_loadu_ps(reinterpret_cast<const float*>(column[4 * part + i] + at));
+            _MM_TRANSPOSE4_PS(rows[0], rows[1], rows[2], rows[3]);
+            for (int i = 0; i < 4; ++i) words[i][part] = rows[i];
+        }
+        for (int i = 0; i < 4; ++i)
+            for (int part = 0; part < 4; ++part) {
+                float* const to = reinterpret_cast<float*>(target + offsets[i] + j * kSize) + 4 * part;
+                Streamed ? _mm_stream_ps(to, words[i][part]) : _mm_storeu_ps(to, words[i][part]);
+            }
+        return true;
+#else
+        return false;
+#endif
     }
 
     TUBELET_HD static void whole(char* line, const char* const* column, int64_t at) {

@@ -17,6 +17,7 @@ namespace tubelet {
 constexpr int64_t kThreadedBytes = int64_t(1) << 18;  // below, waking threads costs more than they save
 constexpr int64_t kChunkBytes = int64_t(1) << 18;     // a thread's portion: small, so that a busy core gets fewer
 constexpr int64_t kStreamedBytes = int64_t(1) << 24;  // above, a result would leave the cache before it is read
+constexpr int64_t kPrefetchedBytes = 2048;            // how far ahead: further, and the first cache overflows
 
 #if TUBELET_X86
 template <class Body>
@@ -71,6 +72,58 @@ TUBELET_HD void store_words(void* destination, uint64_t low, uint64_t high) {
     memcpy(destination, &low, sizeof low);
     memcpy(static_cast<char*>(destination) + sizeof low, &high, sizeof high);
 }
+
+// Asks for the 128 bytes that lie `ahead` of an address, which may be no one's.
+TUBELET_HD void prefetch(const void* address, int64_t ahead) {
+#if TUBELET_X86
+    const uintptr_t at = reinterpret_cast<uintptr_t>(address) + uintptr_t(ahead);
+    _mm_prefetch(reinterpret_cast<const char*>(at), _MM_HINT_T0);
+    _mm_prefetch(reinterpret_cast<const char*>(at + 64), _MM_HINT_T0);
+#endif
+}
+
+// ---- number formats by the block: `to` and `from` hold `size` values ----
+
+template <class T>
+TUBELET_HD void convert(float* to, const T* from, int64_t size) {
+    for (int64_t i = 0; i < size; ++i) to[i] = to_float(from[i]);
+}
+
+template <class T>
+TUBELET_HD void convert(T* to, const float* from, int64_t size) {
+    for (int64_t i = 0; i < size; ++i) to[i] = from_float<T>(from[i]);
+}
+
+#if TUBELET_X86
+// The processor's own conversion: bit for bit the portable one, but that a NaN keeps its payload.
+inline bool has_f16c() {
+    static const bool f16c = __builtin_cpu_supports("avx") && __builtin_cpu_supports("f16c");
+    return f16c;
+}
+
+__attribute__((target("avx,f16c"))) inline int64_t convert_f16c(float* to, const Half* from, int64_t size) {
+    int64_t i = 0;
+    for (; i + 8 <= size; i += 8)
+        _mm256_storeu_ps(to + i, _mm256_cvtph_ps(_mm_loadu_si128(reinterpret_cast<const __m128i*>(from + i))));
+    return i;
+}
+
+__attribute__((target("avx,f16c"))) inline int64_t convert_f16c(Half* to, const float* from, int64_t size) {
+    int64_t i = 0;
+    for (; i + 8 <= size; i += 8)
+        _mm_storeu_si128(reinterpret_cast<__m128i*>(to + i),
+                         _mm256_cvtps_ph(_mm256_loadu_ps(from + i), _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC));
+    return i;
+}
+
+TUBELET_HD void convert(float* to, const Half* from, int64_t size) {
+    for (int64_t i = has_f16c() ? convert_f16c(to, from, size) : 0; i < size; ++i) to[i] = to_float(from[i]);
+}
+
+TUBELET_HD void convert(Half* to, const float* from, int64_t size) {
+    for (int64_t i = has_f16c() ? convert_f16c(to, from, size) : 0; i < size; ++i) to[i] = from_float<Half>(from[i]);
+}
+#endif
 
 TUBELET_HD void fence() {
 #if TUBELET_X86

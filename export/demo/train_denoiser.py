@@ -45,7 +45,7 @@ POOL = (
 # latent frames of a batch, by latent frames of the pool's clips; 11 (41 frames) is never trained
 CUTS = {5: (5, 5, 3), 9: (9, 9, 7, 5), 13: (13, 9, 7)}
 IMAGE_SHARE = 0.06
-STEPS = 11000
+STEPS = 10000
 TOKENS_PER_BATCH = 2048
 LEARNING_RATE = 2.5e-3
 CAPTION_DROP = 0.1
@@ -197,6 +197,7 @@ def train(spec: ModelSpec, folder: Path) -> None:
     torch.manual_seed(2)
     model = Model(spec)
     average = averaged(model, 0.998)
+    model.denoiser.compile(dynamic=True)  # fused element-wise work: a fifth of the time of forward and backward
     optimizers = Optimizers(model, LEARNING_RATE, LEARNING_RATE)
     batches = Batches(spec, folder)
     state = {"model": model, "average": average, "optimizers": optimizers}
