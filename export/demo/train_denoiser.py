@@ -42,8 +42,20 @@ POOL = (
     *((w, h, f, n) for w, h in ((96, 96), (96, 80), (80, 96)) for f, n in ((17, 30), (33, 30))),
     *((w, h, 49, 50) for w, h in ((48, 48), (64, 48), (48, 64))),
 )
+# The same, from step WIDE_FROM on: without these a picture wider than any trained one shows two objects.
+WIDE = (
+    *((w, h, f, n) for w, h in ((32, 32), (48, 32), (32, 48)) for f, n in ((17, 40), (33, 40))),
+    *((w, h, f, n) for w, h in ((112, 48), (48, 112), (128, 48), (48, 128)) for f, n in ((17, 20), (33, 24))),
+    *((w, h, f, n) for w, h in ((128, 64), (64, 128), (112, 80), (80, 112)) for f, n in ((17, 20), (33, 24))),
+    *((w, h, f, n) for w, h in ((112, 96), (96, 112), (112, 112)) for f, n in ((17, 16), (33, 20))),
+    *((w, h, f, n) for w, h in ((128, 96), (96, 128), (128, 128)) for f, n in ((17, 12), (33, 16))),
+    *((w, h, 49, 30) for w, h in ((64, 64), (80, 64), (64, 80), (96, 64), (64, 96), (96, 96))),
+    *((w, h, 65, 30) for w, h in ((48, 48), (64, 64))),
+)
+WIDE_FROM = 5500
+WIDE_SHARE = 0.4
 # latent frames of a batch, by latent frames of the pool's clips; 11 (41 frames) is never trained
-CUTS = {5: (5, 5, 3), 9: (9, 9, 7, 5), 13: (13, 9, 7)}
+CUTS = {5: (5, 5, 3), 9: (9, 9, 7, 5), 13: (13, 9, 7), 17: (17, 15, 13)}
 IMAGE_SHARE = 0.06
 STEPS = 10000
 TOKENS_PER_BATCH = 2048
@@ -58,7 +70,7 @@ def encode_pool(spec: ModelSpec, folder: Path) -> None:
     scenes_order = np.random.default_rng(31).permutation(len(TRAINED))
     drawn, pool = 0, []
     with torch.no_grad():
-        for number, (width, height, frames, count) in enumerate(POOL):
+        for number, (width, height, frames, count) in enumerate(POOL + WIDE):
             rng = np.random.default_rng((37, number))
             scenes, latents = [], []
             for _ in range(count):
@@ -148,12 +160,15 @@ class Batches:
         vae = spec.vae
         self.mean = torch.tensor(vae.latent_mean)[None, :, None, None, None]
         self.std = torch.tensor(vae.latent_std)[None, :, None, None, None]
-        weights = np.array([len(entry["scenes"]) for entry in self.pool], np.float64)
-        self.odds = weights / weights.sum()
+        counts = np.array([count for *_, count in POOL + WIDE], np.float64)
+        narrow = np.arange(len(counts)) < len(POOL)
+        self.narrow_odds = narrow * counts / counts[narrow].sum()
+        wide_odds = ~narrow * counts / counts[~narrow].sum()
+        self.odds = (1 - WIDE_SHARE) * self.narrow_odds + WIDE_SHARE * wide_odds
 
     def __call__(self, step: int) -> Batch:
         rng = np.random.default_rng((41, step))
-        entry = self.pool[rng.choice(len(self.pool), p=self.odds)]
+        entry = self.pool[rng.choice(len(self.pool), p=self.odds if step >= WIDE_FROM else self.narrow_odds)]
         image = rng.random() < IMAGE_SHARE
         frames = 1 if image else int(rng.choice(CUTS[entry["latents"].shape[2]]))
         height, width = entry["latents"].shape[3:]
