@@ -31,7 +31,7 @@ SIZE_ODDS = np.array([8, 3, 3, 2, 1, 1, 0.5, 0.5]) / 19
 LENGTHS, LENGTH_ODDS = (1, 5, 9, 17), (0.05, 0.45, 0.4, 0.1)
 MUON_RATE, ADAMW_RATE = 8e-3, 1e-3
 KL_WEIGHT = 5e-4
-REFINE_STEPS, REFINE_NOISE = 4000, 0.04
+REFINE_STEPS, REFINE_NOISE = 2500, 0.05
 
 
 def rate(step: int) -> float:
