@@ -110,6 +110,12 @@ void guided_step(nb::sequence state, nb::handle velocity, nb::handle tokens, nb:
 }  // namespace
 
 NB_MODULE(_kernels, module) {
+#if defined(_OPENMP)
+    module.attr("THREADED") = true;
+#else
+    module.attr("THREADED") = false;
+#endif
+    module.def("set_threads", &tubelet::set_threads, "limit"_a);
     module.def("rope3d", &rope3d, "cos"_a, "sin"_a, "grid"_a, "head_dim"_a, "theta"_a, "offset"_a, "ntk"_a);
     module.def("pack", &pack, "tokens"_a, "latent"_a, "patch"_a);
     module.def("unpack", &unpack, "latent"_a, "tokens"_a, "patch"_a);

@@ -15,6 +15,12 @@
 #define TUBELET_HD inline
 #endif
 
+#if defined(__GNUC__)
+#define TUBELET_INLINE_LAMBDA __attribute__((always_inline))
+#else
+#define TUBELET_INLINE_LAMBDA
+#endif
+
 namespace tubelet {
 
 // ---- number formats: float32 is computed with, the two 16-bit formats are only stored ----
@@ -52,7 +58,7 @@ TUBELET_HD float to_float(Half value) {
     return float_of(bits_of(result) | (value.bits & 0x8000u) << 16);
 }
 
-// Rounding is half to even; a NaN becomes the quiet NaN of its sign.
+// Rounding is half to even; a NaN becomes a quiet NaN of its sign.
 template <class T>
 TUBELET_HD T from_float(float value);
 
@@ -117,12 +123,6 @@ TUBELET_HD int64_t strip_offset(const Patching& p, int64_t t, int64_t h) {
 TUBELET_HD int64_t run_offset(const Patching& p, int64_t run) {
     const int64_t row = run % p.ph, frame = run / p.ph % p.pt, channel = run / p.ph / p.pt;
     return ((channel * p.t * p.pt + frame) * p.h * p.ph + row) * p.w * p.pw;
-}
-
-// Where value `value` of token `token` lies in the latent.
-TUBELET_HD int64_t latent_index(const Patching& p, int64_t token, int64_t value) {
-    const int64_t w = token % p.w, h = token / p.w % p.h, t = token / p.w / p.h;
-    return strip_offset(p, t, h) + run_offset(p, value / p.pw) + w * p.pw + value % p.pw;
 }
 
 // ---- guided_step ----

@@ -1,7 +1,7 @@
 // One pass over memory for guidance, the sampler's update, pinning of known tokens and the denoiser's next input.
 //
 // A block of elements is read, combined in cache and only then written, so the state may be updated
-// in place. Sums run in column order without fused multiply-adds: every instruction set gives the same bits.
+// in place. Sums run in column order without fused multiply-adds: every instruction set gives the same numbers.
 #include "kernels.h"
 #include "parallel.h"
 
@@ -77,7 +77,7 @@ struct Step : GuidedStep {
     }
 
     TUBELET_HD void pin_known(float* next, int64_t at, int64_t size) const {
-        for_rows(at, size, [&](int64_t token, int64_t, int64_t done, int64_t n) __attribute__((always_inline)) {
+        for_rows(at, size, [&](int64_t token, int64_t, int64_t done, int64_t n) TUBELET_INLINE_LAMBDA {
             if (known[token] == 0.0f) return;
             for (int64_t i = done; i < done + n; ++i)
                 next[i] =
@@ -93,10 +93,9 @@ struct Step : GuidedStep {
             if (token_stride == width)
                 write(rows + at, cast, size * sizeof(T), streamed);
             else
-                for_rows(at, size,
-                         [&](int64_t token, int64_t column, int64_t done, int64_t n) __attribute__((always_inline)) {
-                             write(rows + token * token_stride + column, cast + done, n * sizeof(T), false);
-                         });
+                for_rows(at, size, [&](int64_t token, int64_t column, int64_t done, int64_t n) TUBELET_INLINE_LAMBDA {
+                    write(rows + token * token_stride + column, cast + done, n * sizeof(T), false);
+                });
         }
     }
 

@@ -11,6 +11,9 @@ namespace tubelet {
 
 enum class DType { f32, f16, bf16, other };
 
+// Limits the threads of every kernel from now on, in the whole process; 0: as many as there are cores.
+void set_threads(int limit);
+
 // cos, sin: [t*h*w, pairs of all three axes]. axes: t, h, w.
 void launch_rope3d(float* cos, float* sin, const RopeAxis (&axes)[3]);
 

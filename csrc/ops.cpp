@@ -113,14 +113,24 @@ RopeAxis rope_axis(int64_t size, int64_t values, double theta, double offset, do
     return {size, values / 2, stretched, offset};
 }
 
-void check_overlap(const std::vector<Array>& state, int64_t elements) {
-    for (size_t i = 0; i < state.size(); ++i)
-        for (size_t j = 0; j < i; ++j) {
-            const int64_t apart =
-                int64_t(reinterpret_cast<intptr_t>(state[i].data) - reinterpret_cast<intptr_t>(state[j].data));
-            if (std::abs(apart) < elements * int64_t(sizeof(float)))
-                fail(state[i].name, std::string("must not overlap ") + state[j].name);
+// Whether two arrays touch the same memory, taking each as the range from its first to its last byte.
+bool overlap(const Array& one, const Array& other) {
+    uintptr_t low[2], high[2];
+    for (int k = 0; k < 2; ++k) {
+        const Array& array = k ? other : one;
+        int64_t last = 0;
+        for (int i = 0; i < array.rank; ++i) {
+            if (array.shape[i] == 0) return false;
+            last += array.shape[i] > 1 ? (array.shape[i] - 1) * array.stride[i] : 0;
         }
+        low[k] = reinterpret_cast<uintptr_t>(array.data);
+        high[k] = low[k] + uintptr_t((last + 1) * element_size(array.dtype));
+    }
+    return low[0] < high[1] && low[1] < high[0];
+}
+
+void check_apart(const Array& written, const Array& other) {
+    if (overlap(written, other)) fail(written.name, std::string("must not overlap ") + other.name);
 }
 
 }  // namespace
@@ -137,6 +147,7 @@ void rope3d(const Array& cos, const Array& sin, const Triple& grid, int64_t head
     const std::vector<int64_t> shape = {grid[0] * grid[1] * grid[2], head_dim / 2};
     check(cos, DType::f32, shape);
     check(sin, DType::f32, shape);
+    check_apart(sin, cos);
 
     const int64_t space = 2 * (head_dim / 6), time = head_dim - 2 * space;
     launch_rope3d(
@@ -148,12 +159,14 @@ void rope3d(const Array& cos, const Array& sin, const Triple& grid, int64_t head
 void pack(const Array& tokens, const Array& latent, const Triple& patch) {
     const Patching p = patching_of(latent, patch);
     const int64_t stride = check_tokens(tokens, latent, p);
+    check_apart(tokens, latent);
     launch_pack(tokens.data, stride, latent.data, p, element_size(latent.dtype));
 }
 
 void unpack(const Array& latent, const Array& tokens, const Triple& patch) {
     const Patching p = patching_of(latent, patch);
     const int64_t stride = check_tokens(tokens, latent, p);
+    check_apart(latent, tokens);
     launch_unpack(latent.data, tokens.data, stride, p, element_size(latent.dtype));
 }
 
@@ -169,7 +182,6 @@ void guided_step(const std::vector<Array>& state, const Array& velocity, const A
     const int64_t batch = velocity.shape[0], count = velocity.shape[1], width = velocity.shape[2];
     if (batch != 1 && batch != 2) fail("velocity", "must have 1 row, or 2 for guidance, has " + std::to_string(batch));
     for (const Array& buffer : state) check(buffer, DType::f32, {count, width});
-    check_overlap(state, count * width);
     check_dtype(tokens, velocity.dtype);
     check_layout(tokens, {batch, count, kAny}, 1);
     if (tokens.shape[2] < width)
@@ -184,6 +196,15 @@ void guided_step(const std::vector<Array>& state, const Array& velocity, const A
         if (!noise && noise_scale != 0)
             fail("noise", "is missing although noise_scale is " + std::to_string(noise_scale));
     }
+
+    for (size_t i = 0; i < state.size(); ++i) {
+        for (size_t j = 0; j < i; ++j) check_apart(state[i], state[j]);
+        check_apart(state[i], velocity);
+        if (known) check_apart(state[i], *clean);
+        if (known && noise) check_apart(state[i], *noise);
+        check_apart(tokens, state[i]);
+    }
+    check_apart(tokens, velocity);
 
     GuidedStep step{};
     step.count = count;

@@ -2,6 +2,7 @@
 #pragma once
 
 #include <algorithm>
+#include <atomic>
 #include <cstdint>
 #include <cstring>
 
@@ -9,7 +10,11 @@
 
 #if defined(__x86_64__) && defined(__GNUC__)
 #define TUBELET_X86 1
+#include <cpuid.h>
 #include <immintrin.h>
+#endif
+#if defined(_OPENMP)
+#include <omp.h>
 #endif
 
 namespace tubelet {
@@ -36,12 +41,24 @@ void run(const Body& body, int64_t begin, int64_t end) {
     body(begin, end);
 }
 
+// How many threads a kernel may use; 0: as many as there are cores.
+inline std::atomic<int> thread_limit{0};
+
+inline int threads() {
+#if defined(_OPENMP)
+    const int limit = thread_limit;
+    return limit > 0 ? limit : omp_get_max_threads();
+#else
+    return 1;
+#endif
+}
+
 // Calls body(begin, end) on portions of [0, units), each unit moving `unit_bytes`, from several threads.
 template <class Body>
 void parallel(int64_t units, int64_t unit_bytes, const Body& body) {
     const int64_t step = std::max<int64_t>(1, kChunkBytes / std::max<int64_t>(1, unit_bytes));
     const int64_t chunks = (units + step - 1) / step;
-#pragma omp parallel for schedule(dynamic) if (units * unit_bytes > kThreadedBytes)
+#pragma omp parallel for schedule(dynamic) num_threads(threads()) if (units * unit_bytes > kThreadedBytes)
     for (int64_t chunk = 0; chunk < chunks; ++chunk) run(body, chunk * step, std::min(units, (chunk + 1) * step));
 }
 
@@ -97,7 +114,10 @@ TUBELET_HD void convert(T* to, const float* from, int64_t size) {
 #if TUBELET_X86
 // The processor's own conversion: bit for bit the portable one, but that a NaN keeps its payload.
 inline bool has_f16c() {
-    static const bool f16c = __builtin_cpu_supports("avx") && __builtin_cpu_supports("f16c");
+    static const bool f16c = [] {
+        unsigned a, b, c = 0, d;
+        return __builtin_cpu_supports("avx") && __get_cpuid(1, &a, &b, &c, &d) && (c & bit_F16C);
+    }();
     return f16c;
 }
 

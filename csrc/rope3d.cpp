@@ -46,6 +46,8 @@ struct Gather {
 
 }  // namespace
 
+void set_threads(int limit) { thread_limit = limit; }
+
 void launch_rope3d(float* cos, float* sin, const RopeAxis (&axes)[3]) {
     const AxisTable tables[3] = {AxisTable(axes[0]), AxisTable(axes[1]), AxisTable(axes[2])};
     const int64_t tokens = axes[0].size * axes[1].size * axes[2].size;

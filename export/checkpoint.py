@@ -4,8 +4,8 @@
     weights.safetensors   every parameter, named <module>.<parameter>, in any float type
     tokenizer.json
 
-Flows in: a folder. Flows out: its spec, and where each tensor's bytes lie. Weights are never loaded here: the header
-says what they are.
+Flows in: a folder. Flows out: its spec, and where each tensor's bytes lie. The header says what they are; only the
+latents' normalisation, which the spec holds too, is read.
 """
 
 from __future__ import annotations
@@ -17,7 +17,9 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
+import numpy as np
 import torch
+from safetensors import safe_open
 
 from tubelet.runtime.bundle import TOKENIZER, WEIGHTS
 from tubelet.runtime.errors import UserError
@@ -73,6 +75,11 @@ class Checkpoint:
         ]
         if problems:
             raise UserError(f"{self.folder / WEIGHTS} does not fit its spec; {'; '.join(problems)}")
+        with safe_open(self.folder / WEIGHTS, "pt") as file:
+            for name in ("latent_mean", "latent_std"):
+                stored, wanted = file.get_tensor(f"vae.{name}").flatten().tolist(), getattr(self.spec.vae, name)
+                if not np.allclose(stored, wanted, rtol=1e-2, atol=1e-2):  # the file's may be rounded to bfloat16
+                    raise UserError(f"vae.{name} is {stored} in {self.folder / WEIGHTS}, but {list(wanted)} in {SPEC}")
 
 
 def read_header(path: Path) -> dict[str, StoredTensor]:

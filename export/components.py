@@ -28,7 +28,7 @@ class Port:
 
     shape: tuple[int | str, ...]
     dtype: torch.dtype = torch.float32
-    below: int = 2  # an integer port holds 0 up to this
+    below: int = 0  # the port holds whole numbers from 0 up to this; 0: any number
 
     def sizes(self, extents: Extents) -> list[int]:
         """The shape where the named extents are these."""
@@ -38,9 +38,9 @@ class Port:
         ]
 
     def example(self, extents: Extents) -> Tensor:
-        """Standard normal values, or random numbers in an integer port's range."""
+        """Standard normal values, or random whole numbers in the port's range."""
         sizes = self.sizes(extents)
-        return torch.randint(0, self.below, sizes) if self.dtype == torch.int64 else torch.randn(sizes)
+        return torch.randint(0, self.below, sizes).to(self.dtype) if self.below else torch.randn(sizes)
 
 
 @dataclass(frozen=True)
@@ -68,7 +68,7 @@ def components(spec: ModelSpec, modules: Mapping[str, nn.Module]) -> list[Compon
     """All graphs of a model, in the order in which a request meets them."""
     length = spec.text_encoder.length
     ids = Port(("B", "L"), torch.int64, spec.text_encoder.vocabulary)
-    mask = Port(("B", "L"), torch.int64)
+    mask = Port(("B", "L"), torch.int64, 2)
     texts = tuple({"B": b, "L": n} for b, n in ((2, length), (1, length), (3, 5)))
     embeddings = Port(("B", "L", spec.text_encoder.width))
     cross = Port((spec.denoiser.depth, "B", spec.denoiser.heads, "L", spec.denoiser.head_size))
@@ -117,7 +117,7 @@ def _denoiser_inputs(spec: DenoiserSpec, cross: Port) -> dict[str, Port]:
         "cross_k": cross,
         "cross_v": cross,
     }
-    return inputs | {"known": Port(("B", "N"))} if spec.two_levels else inputs
+    return inputs | {"known": Port(("B", "N"), below=2)} if spec.two_levels else inputs
 
 
 class VaeStep(nn.Module):
@@ -141,9 +141,10 @@ def _vae_half(name: str, step: nn.Module, source: tuple[str, Port], result: tupl
     ports = [Port(("B", c, t, _times(h, "h"), _times(w, "w"))) for _, c, t, h, w in shapes]
     caches = {f"cache_{i:02}": port for i, port in enumerate(ports)}
     following = {f"next_{cache}": port for cache, port in caches.items()}
-    extents = tuple({"B": 1, "t": t, "h": h, "w": w} for t, h, w in ((2, 6, 8), (1, 8, 6), (4, 4, 4)))
+    extents = tuple({"B": b, "t": t, "h": h, "w": w} for b, t, h, w in ((1, 2, 6, 8), (1, 1, 8, 6), (2, 4, 4, 4)))
+    frames = tuple({axis: size for axis, size in each.items() if axis != "t"} for each in extents)
     return [
-        Component(f"{name}_first", "", step, first, first_result | following, extents),
+        Component(f"{name}_first", "", step, first, first_result | following, frames),
         Component(name, "", step, dict([source]) | caches, dict([result]) | following, extents),
     ]
 

@@ -5,52 +5,66 @@ Flows in: a checkpoint and the graphs made from it. Flows out: ParityRows over s
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from safetensors.torch import load_file
+from safetensors import safe_open
 from torch import nn
 
 from tubelet.runtime.bundle import WEIGHTS, ParityRow
 from tubelet.runtime.engines import OnnxRuntimeEngine
 
 from .checkpoint import Checkpoint
-from .components import build_modules, components
+from .components import Component, build_modules, components
 
 Array = NDArray[Any]
 
 
-def load_modules(checkpoint: Checkpoint) -> dict[str, nn.Module]:
-    """The reference modules with the checkpoint's weights in float32."""
-    modules = build_modules(checkpoint.spec)
-    weights = load_file(checkpoint.folder / WEIGHTS)
-    for prefix, module in modules.items():
-        own = {
-            name.removeprefix(f"{prefix}."): t.float() for name, t in weights.items() if name.startswith(f"{prefix}.")
-        }
-        module.load_state_dict(own)
-    return modules
+@contextmanager
+def weights_of(checkpoint: Checkpoint, module: nn.Module, prefix: str) -> Iterator[None]:
+    """Gives a module on the meta device the checkpoint's weights, in float32, for a while."""
+    with safe_open(checkpoint.folder / WEIGHTS, "pt") as file:
+        module.load_state_dict(
+            {name: file.get_tensor(prefix + name).float() for name in module.state_dict()}, assign=True
+        )
+    try:
+        yield
+    finally:
+        module.to("meta")
 
 
 @torch.no_grad()
 def measure(checkpoint: Checkpoint, folder: Path) -> list[ParityRow]:
-    """Runs every graph of `folder` beside its module on the shapes of the graph contract; the worst output counts."""
+    """Runs every graph of `folder` beside its module on the shapes of the graph contract; the worst output counts.
+
+    Holds the weights of one component at a time: torch's in float32, and the engine's.
+    """
     rows = []
     torch.manual_seed(0)
-    for component in components(checkpoint.spec, load_modules(checkpoint)):
-        engine = OnnxRuntimeEngine(folder / f"{component.name}.onnx")
-        for extents in component.shapes:
-            inputs = {name: port.example(extents) for name, port in component.inputs.items()}
-            expected = component.module(*inputs.values())
-            expected = (expected,) if isinstance(expected, torch.Tensor) else expected
-            results = engine({name: value.numpy() for name, value in inputs.items()})
-            errors = [_error(a.numpy(), results[name]) for name, a in zip(component.outputs, expected, strict=True)]
-            shape = " ".join(f"{name}={size}" for name, size in extents.items())
-            worst_abs, worst_relative = (max(values) for values in zip(*errors, strict=True))
-            rows.append(ParityRow(component.name, "cpu", shape, worst_abs, worst_relative))
+    with torch.device("meta"):
+        modules = build_modules(checkpoint.spec)
+    for component in components(checkpoint.spec, modules):
+        with weights_of(checkpoint, component.module, component.weights):
+            rows += _measure(component, folder)
+    return rows
+
+
+def _measure(component: Component, folder: Path) -> list[ParityRow]:
+    engine, rows = OnnxRuntimeEngine(folder / f"{component.name}.onnx"), []
+    for extents in component.shapes:
+        inputs = {name: port.example(extents) for name, port in component.inputs.items()}
+        expected = component.module(*inputs.values())
+        expected = (expected,) if isinstance(expected, torch.Tensor) else expected
+        results = engine({name: value.numpy() for name, value in inputs.items()})
+        errors = [_error(a.numpy(), results[name]) for name, a in zip(component.outputs, expected, strict=True)]
+        shape = " ".join(f"{name}={size}" for name, size in extents.items())
+        worst_abs, worst_relative = (max(values) for values in zip(*errors, strict=True))
+        rows.append(ParityRow(component.name, "cpu", shape, worst_abs, worst_relative))
     return rows
 
 

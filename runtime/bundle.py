@@ -30,15 +30,8 @@ EMBEDDED = Path(__file__).parent / "demo"
 
 
 Shape = tuple[int | str, ...]
-COMPONENTS = (
-    "text_encoder",
-    "conditioner",
-    "denoiser",
-    "vae_decoder_first",
-    "vae_decoder",
-    "vae_encoder_first",
-    "vae_encoder",
-)
+TO_GENERATE = ("text_encoder", "conditioner", "denoiser", "vae_decoder_first", "vae_decoder")
+COMPONENTS = (*TO_GENERATE, "vae_encoder_first", "vae_encoder")
 
 
 @dataclass(frozen=True)
@@ -89,7 +82,7 @@ class Manifest:
         if unlisted := sorted(used - set(self.files)):
             raise UserError(f"it does not list the files {', '.join(unlisted)}")
         for name in self.files:
-            if Path(name).name != name:
+            if Path(name).name != name or name in ("", ".."):
                 raise UserError(f"it names the file {name!r}, which is outside the bundle")
         if self.key != content_key(self.spec, self.files):
             raise UserError("its key does not match its content, so it was changed")

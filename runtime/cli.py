@@ -34,7 +34,6 @@ app = typer.Typer(
 )
 out, err = Console(highlight=False, soft_wrap=True), Console(stderr=True, highlight=False, soft_wrap=True)
 
-SHEET_COLUMNS = 6
 MAX_CLIPS = 10_000
 MIN_FPS, MAX_FPS = 0.01, 1000.0
 BundleOption = Annotated[Path, typer.Option("--bundle", help="Bundle folder; the embedded model if not given.")]
@@ -46,7 +45,8 @@ def main() -> None:
         if isinstance(stream, io.TextIOWrapper):
             stream.reconfigure(errors="backslashreplace")  # a file name need not be valid text
     for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
-        signal.signal(number, _stop)
+        if signal.getsignal(number) is not signal.SIG_IGN:  # as under nohup
+            signal.signal(number, _stop)
     try:
         app()
     except UserError as error:
@@ -174,7 +174,7 @@ def _check_writable(path: Path) -> None:
             raise UserError(f"cannot write {path}: it is a folder; give a file name inside it")
     except OSError as error:
         raise UserError(f"cannot write {path}: {error.strerror}; choose another name") from error
-    if not os.access(path.parent, os.W_OK):
+    if not (path.parent.is_dir() and os.access(path.parent, os.W_OK)):
         raise UserError(f"cannot write {path}: {path.parent} is not a writable folder; create it or choose another")
 
 
@@ -182,10 +182,18 @@ def _generate_all(
     pipeline: Pipeline, requests: list[Request], paths: list[Path], rate: float, clock: Clock, sheet: Path | None
 ) -> list[dict[str, Any]]:
     """Makes every clip and returns what the last lines say of each. A request that cannot be served fails first."""
-    from .video import check_length
+    from .sheet import sheet_size
+    from .video import MAX_SIZE, check_length
 
-    for request, path in zip(requests, paths, strict=True):
-        check_length(path, pipeline.check(request)[0].frames)
+    sizes = [pipeline.check(request)[1] for request in requests]
+    for size, path in zip(sizes, paths, strict=True):
+        check_length(path, size.frames)
+    width, height = sheet_size([(size.frames, size.height, size.width) for size in sizes])
+    if sheet is not None and max(width, height) > MAX_SIZE:
+        raise UserError(
+            f"--sheet would be {width}x{height} pixels, over {MAX_SIZE} a side; "
+            f"leave it out or make fewer or smaller clips"
+        )
     made, rows = [], []
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
     with Progress(*columns, console=err, transient=True) as progress:
@@ -245,7 +253,9 @@ class Thumbnails:
     """Picks a contact sheet's frames out of a stream of chunks."""
 
     def __init__(self, frames: int):
-        self.wanted = {round(i * (frames - 1) / (SHEET_COLUMNS - 1)) for i in range(SHEET_COLUMNS)}
+        from .sheet import shown_frames
+
+        self.wanted = set(shown_frames(frames))
         self.seen = 0
         self.kept: list[Frames] = []
 
@@ -261,7 +271,7 @@ def _write_sheet(path: Path, rows: list[tuple[Thumbnails, str]]) -> None:
     from .video import VideoWriter
 
     clips = [np.concatenate(thumbnails.kept) for thumbnails, _ in rows]
-    image = contact_sheet(clips, [label for _, label in rows], columns=SHEET_COLUMNS)
+    image = contact_sheet(clips, [label for _, label in rows])
     with VideoWriter(path, image.shape[1], image.shape[0], 1) as writer:
         writer.write(image[None])
 
@@ -331,7 +341,12 @@ def export(
         ) from error
     with err.status("") as status:
         made = build(checkpoint, output, status.update)
-    out.print(f"wrote {output}: {len(made.manifest.components)} components, key {made.key[:16]}", markup=False)
+    worst = max(row.relative for row in made.manifest.parity)
+    out.print(
+        f"wrote {output}: {len(made.manifest.components)} components, key {made.key[:16]}, "
+        f"at most {worst:.1e} from torch (relative)",
+        markup=False,
+    )
 
 
 @app.command()

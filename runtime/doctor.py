@@ -6,8 +6,7 @@ Flows out: one Finding a part. Looks at what is installed; loads no model.
 from __future__ import annotations
 
 import ctypes
-import importlib.metadata
-import importlib.util
+import importlib
 import os
 import platform
 from dataclasses import dataclass
@@ -28,10 +27,9 @@ class Finding:
 
 def examine() -> list[Finding]:
     """Every part that some target or command needs."""
-    extension = kernels.IMPLEMENTATION == "extension"
     return [
         Finding("python", True, f"{platform.python_version()} on {platform.machine()}, {os.cpu_count()} cores"),
-        Finding("extension", extension, "built" if extension else "not built: NumPy does its work, slower"),
+        _extension(),
         _embedded(),
         _packages("target cpu", ["onnxruntime"], "cpu"),
         _packages("export", ["torch", "onnx", "onnxscript", "onnx_ir"], "export"),
@@ -40,11 +38,21 @@ def examine() -> list[Finding]:
     ]
 
 
+def _extension() -> Finding:
+    if kernels.IMPLEMENTATION != "extension":
+        return Finding("extension", False, "not built: NumPy does its work, slower")
+    return Finding("extension", True, "built" if kernels.THREADED else "built without OpenMP: one thread")
+
+
 def _packages(part: str, modules: list[str], extra: str) -> Finding:
-    """Whether a part's packages can be found."""
-    if missing := [name for name in modules if importlib.util.find_spec(name) is None]:
-        return Finding(part, False, f"{', '.join(missing)} not installed: install tubelet with its extra {extra}")
-    return Finding(part, True, f"{modules[0]} {importlib.metadata.version(modules[0])}")
+    """Whether a part's packages can be imported."""
+    versions = []
+    for name in modules:
+        try:
+            versions.append(f"{name} {importlib.import_module(name).__version__}")
+        except ImportError as error:
+            return Finding(part, False, f"{error}: install tubelet with its extra {extra}")
+    return Finding(part, True, ", ".join(versions))
 
 
 def _embedded() -> Finding:

@@ -25,9 +25,6 @@ class Binding(Protocol):
 
 
 class Engine(Protocol):
-    inputs: tuple[str, ...]
-    outputs: tuple[str, ...]
-
     def bind(self, inputs: Arrays, outputs: Arrays) -> Binding:
         """Fixes the arrays of many runs; they must be contiguous and stay alive."""
         ...
@@ -55,8 +52,7 @@ class OnnxRuntimeEngine:
             self._session = ort.InferenceSession(str(graph), options, providers=["CPUExecutionProvider"])
         except Exception as error:  # ONNX Runtime's classes derive from Exception alone
             raise UserError(f"ONNX Runtime cannot load {graph}: {error}; export the bundle again") from error
-        self.inputs = tuple(port.name for port in self._session.get_inputs())
-        self.outputs = tuple(port.name for port in self._session.get_outputs())
+        self._outputs = tuple(port.name for port in self._session.get_outputs())
 
     def bind(self, inputs: Arrays, outputs: Arrays) -> Binding:
         io = self._session.io_binding()
@@ -66,7 +62,7 @@ class OnnxRuntimeEngine:
         return _OnnxRuntimeBinding(self._session, io, (inputs, outputs))
 
     def __call__(self, inputs: Arrays) -> dict[str, np.ndarray[Any, Any]]:
-        return dict(zip(self.outputs, self._session.run(None, dict(inputs)), strict=True))
+        return dict(zip(self._outputs, self._session.run(None, dict(inputs)), strict=True))
 
 
 class _OnnxRuntimeBinding:

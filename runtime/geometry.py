@@ -84,8 +84,11 @@ def _largest_size(spec: ModelSpec, geometry: Geometry) -> str:
     """The largest legal size of the same aspect ratio, for one frame."""
     _, rows, columns = geometry.grid
     scale = (spec.max_tokens / (rows * columns)) ** 0.5
-    width, height = (max(1, int(n * scale)) * step for n, step in zip((columns, rows), size_step(spec), strict=True))
-    return f"{width}x{height}"
+    columns, rows = max(1, int(columns * scale)), max(1, int(rows * scale))
+    columns = max(1, min(columns, spec.max_tokens // rows))  # a side that was raised to 1 takes from the other
+    rows = min(rows, spec.max_tokens // columns)
+    across, down = size_step(spec)
+    return f"{columns * across}x{rows * down}"
 
 
 def _nearest_frames(spec: ModelSpec, frames: float) -> int:

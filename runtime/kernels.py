@@ -25,11 +25,17 @@ except ModuleNotFoundError:  # absent; one that is there but broken is an error
     _implementation = kernels_numpy
 
 IMPLEMENTATION = "numpy" if _implementation is kernels_numpy else "extension"
+THREADED: bool = _implementation.THREADED
 
 Array = NDArray[Any]
 Triple = tuple[int, int, int]
 
 _CACHE_LINE = 64  # bytes
+
+
+def set_threads(limit: int | None) -> None:
+    """Limits the threads of every operation from now on, in the whole process; None: as many as there are cores."""
+    _implementation.set_threads(limit or 0)
 
 
 def rope3d(

@@ -19,6 +19,13 @@ _BLOCK = 1 << 16  # elements that guided_step handles at once
 _NAMES = {"f4": "float32", "f2": "float16", "u2": "bfloat16"}
 
 
+THREADED = False
+
+
+def set_threads(limit: int) -> None:
+    """Nothing to limit: these run on one thread."""
+
+
 def rope3d(
     cos: Array,
     sin: Array,
@@ -35,6 +42,7 @@ def rope3d(
     shape = (grid[0] * grid[1] * grid[2], head_dim // 2)
     _check("cos", cos, shape, "f4", writable=True)
     _check("sin", sin, shape, "f4", writable=True)
+    _check_apart("sin", sin, cos=cos)
 
     space = 2 * (head_dim // 6)
     at = 0
@@ -54,12 +62,14 @@ def rope3d(
 def pack(tokens: Array, latent: Array, patch: Triple) -> None:
     grid, values = _patching(latent, patch, writable=False)
     _check_tokens(tokens, latent, grid, values, writable=True)
+    _check_apart("tokens", tokens, latent=latent)
     tokens[:, :values] = _split(latent, grid, patch).transpose(1, 3, 5, 0, 2, 4, 6).reshape(-1, values)
 
 
 def unpack(latent: Array, tokens: Array, patch: Triple) -> None:
     grid, values = _patching(latent, patch, writable=True)
     _check_tokens(tokens, latent, grid, values, writable=False)
+    _check_apart("latent", latent, tokens=tokens)
     patches = tokens[:, :values].reshape(*grid, latent.shape[0], *patch)
     _split(latent, grid, patch)[...] = patches.transpose(3, 0, 4, 1, 5, 2, 6)
 
@@ -164,6 +174,11 @@ def _check(
     _require(array.flags.writeable or not writable, name, "must be a writable array")
 
 
+def _check_apart(name: str, written: Array, **others: Array) -> None:
+    for other, array in others.items():
+        _require(not np.may_share_memory(written, array), name, f"must not overlap {other}")
+
+
 def _patching(latent: Array, patch: Triple, *, writable: bool) -> tuple[Triple, int]:
     """The token grid of a latent and the values of one token."""
     _check("latent", latent, (None,) * 4, writable=writable)
@@ -197,17 +212,21 @@ def _check_step(
     _require(batch in (1, 2), "velocity", f"must have 1 row, or 2 for guidance, has {batch}")
     for i, buffer in enumerate(state):
         _check(f"state[{i}]", buffer, (count, width), "f4", writable=True)
-        for j in range(i):
-            _require(not np.may_share_memory(buffer, state[j]), f"state[{i}]", f"must not overlap state[{j}]")
     _check("tokens", tokens, (batch, count, None), velocity.dtype.str[1:], dense=1, writable=True)
     _require(tokens.shape[2] >= width, "tokens", f"must have at least {width} values a token, has {tokens.shape[2]}")
     _check("matrix", matrix, (len(state), len(state) + 1), "f4")
-    if known is None:
-        return
-    _check("known", known, (count,), "f4")
-    if clean is None:
-        raise ValueError("clean is missing: known tokens are set to it")
-    _check("clean", clean, (count, width), "f4")
-    if noise is not None:
-        _check("noise", noise, (count, width), "f4")
-    _require(noise is not None or not noise_scale, "noise", f"is missing although noise_scale is {noise_scale}")
+    read = {"velocity": velocity}
+    if known is not None:
+        _check("known", known, (count,), "f4")
+        if clean is None:
+            raise ValueError("clean is missing: known tokens are set to it")
+        _check("clean", clean, (count, width), "f4")
+        read["clean"] = clean
+        if noise is not None:
+            _check("noise", noise, (count, width), "f4")
+            read["noise"] = noise
+        _require(noise is not None or not noise_scale, "noise", f"is missing although noise_scale is {noise_scale}")
+    buffers = {f"state[{i}]": buffer for i, buffer in enumerate(state)}
+    for i, (name, buffer) in enumerate(buffers.items()):
+        _check_apart(name, buffer, **dict(list(buffers.items())[:i]), **read)
+    _check_apart("tokens", tokens, **buffers, velocity=velocity)

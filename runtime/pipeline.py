@@ -20,7 +20,7 @@ from numpy.typing import NDArray
 
 from . import kernels
 from .atomic import temporary_beside
-from .bundle import COMPONENTS, TOKENIZER, Bundle
+from .bundle import TO_GENERATE, TOKENIZER, Bundle
 from .engines import Binding, Engine, OnnxRuntimeEngine
 from .errors import Cancelled, UserError
 from .geometry import Geometry, coordinate_columns, plan
@@ -65,6 +65,8 @@ class Generation:
         from safetensors.numpy import save
 
         path = Path(path)
+        if path.is_dir() or not path.name:
+            raise UserError(f"cannot write {path}: it is a folder; give a file name inside it")
         partial = temporary_beside(path)
         settings = json.dumps(dataclasses.asdict(self.settings))
         metadata = {"settings": settings, "done": str(self.done), "bundle": self.bundle_key}
@@ -114,12 +116,18 @@ class Pipeline:
 
     @classmethod
     def open(cls, bundle: str | Path | Bundle, threads: int | None = None) -> Pipeline:
-        """Verifies a bundle and loads its engines on the CPU, with `threads` threads (all cores if None).
+        """Verifies a bundle and loads its engines on the CPU.
 
-        Raises UserError when the bundle is damaged or an engine cannot be loaded.
+        `threads` limits the threads of each engine, and of the extension in the whole process; None: all cores. Raises
+        UserError when the bundle is damaged or not for the CPU, or an engine cannot be loaded.
         """
         opened = bundle if isinstance(bundle, Bundle) else Bundle.open(bundle)
-        return cls(opened, {name: OnnxRuntimeEngine(opened.graph(name), threads) for name in COMPONENTS[:5]})
+        if "cpu" not in opened.manifest.targets:
+            targets = ", ".join(opened.manifest.targets) or "nothing"
+            raise UserError(f"{opened.folder} runs on {targets}, this version of tubelet runs cpu; export it again")
+        engines: dict[str, Engine] = {n: OnnxRuntimeEngine(opened.graph(n), threads) for n in TO_GENERATE}
+        kernels.set_threads(threads)
+        return cls(opened, engines)
 
     def check(self, request: Request) -> tuple[Settings, Geometry, Schedule]:
         """What a request means for this model. Raises UserError, in no time, when it cannot be served."""

@@ -7,7 +7,9 @@ Flows in: a Request, silent where the caller does not care. Flows out: Settings,
 from __future__ import annotations
 
 import dataclasses
+import operator
 from dataclasses import dataclass
+from numbers import Real
 
 from .spec import ModelSpec
 from .strict import require
@@ -29,8 +31,8 @@ class Settings:
     seed: int
 
     def __post_init__(self) -> None:
-        for name in ("width", "height", "frames", "steps", "seed"):
-            require(type(getattr(self, name)) is int, f"{name} must be a whole number, is {getattr(self, name)!r}")
+        for field in dataclasses.fields(self):
+            object.__setattr__(self, field.name, _PARSERS[str(field.type)](field.name, getattr(self, field.name)))
         require(0 <= self.seed < 2**64, f"seed must be from 0 to 2^64 - 1, is {self.seed}")
         require(0 <= self.guidance <= 100, f"guidance must be from 0 to 100, is {self.guidance}")
 
@@ -40,22 +42,44 @@ class Settings:
         return self.guidance != 1.0
 
 
+def _text(name: str, value: object) -> str:
+    require(isinstance(value, str), f"{name} must be text, is {value!r}")
+    return str(value)
+
+
+def _whole(name: str, value: object) -> int:
+    """Python's and NumPy's integers, but no bool."""
+    require(hasattr(value, "__index__") and not isinstance(value, bool), f"{name} must be a whole number, is {value!r}")
+    return operator.index(value)  # type: ignore[arg-type]
+
+
+def _real(name: str, value: object) -> float:
+    require(isinstance(value, Real) and not isinstance(value, bool), f"{name} must be a number, is {value!r}")
+    return float(value)  # type: ignore[arg-type]
+
+
+_PARSERS = {"str": _text, "int": _whole, "float": _real}
+
+
 @dataclass(frozen=True)
 class Request:
     """What to generate; None means the model's default."""
 
     prompt: str
-    negative_prompt: str | None = None
-    width: int | None = None  # pixels
+    negative_prompt: str | None = None  # what guidance leads away from
+    width: int | None = None  # pixels, a multiple of `geometry.size_step`
     height: int | None = None
-    frames: int | None = None
-    steps: int | None = None
-    guidance: float | None = None  # 1.0: no unconditional branch, half the work
-    sampler: str | None = None
-    shift: float | None = None
-    seed: int = 0
+    frames: int | None = None  # 1 + k * `geometry.frames_step`
+    steps: int | None = None  # model evaluations, 1 to 1000
+    guidance: float | None = None  # 0 to 100; 1: no unconditional branch, half the work
+    sampler: str | None = None  # a name in `schedule.SAMPLERS`
+    shift: float | None = None  # above 0; more spends more steps at high noise
+    seed: int = 0  # 0 to 2^64 - 1
 
     def complete(self, spec: ModelSpec) -> Settings:
-        """Fills in the model's defaults. Raises UserError when the seed or the guidance is out of range."""
-        given = {name: value for name, value in vars(self).items() if value is not None}
+        """Fills in the model's defaults.
+
+        Raises UserError for a value of the wrong type, and for a seed or a guidance out of range.
+        """
+        given = {name: value for name, value in vars(self).items() if value is not None or name == "prompt"}
         return Settings(**(dataclasses.asdict(spec.defaults) | given))

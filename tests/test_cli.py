@@ -35,7 +35,7 @@ def tubelet(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str],
 
     def run(*arguments: str) -> Result:
         monkeypatch.setattr(sys, "argv", ["tubelet", *arguments])
-        handlers = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
+        handlers = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)}
         try:
             with pytest.raises(SystemExit) as stop:
                 main()
@@ -123,6 +123,10 @@ def test_an_image(tubelet, tmp_path: Path) -> None:
         (["generate", "x", "-o", "a.png", "--frames", "1", "--sheet", "a.png"], "is also the name of a clip"),
         (["generate", "x", "--sheet", "absent/s.png"], "cannot write absent/s.png"),
         (["generate", "x", "--sheet", "s.png", "--count", "101"], "--sheet holds up to 100 clips"),
+        (
+            ["generate", "x", "--sheet", "s.png", "--width", "4096", "--height", "16"],
+            "--sheet would be 24588x36 pixels",
+        ),
         (["generate", "x", "--count", "1000000000"], "more than the 10000 of one command"),
         (["generate", "x", "--count", "2", "--seed", "18446744073709551615"], "seed must be from 0"),
         (["generate", "--prompts", "long.txt", "-o", "a.webp"], "the prompt has 41 tokens"),
@@ -170,7 +174,7 @@ def test_doctor_says_what_works(tubelet) -> None:
     assert tubelet("doctor").code == 0
 
 
-@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP])
 def test_a_signal_leaves_no_file_and_keeps_the_old_one(tmp_path: Path, number: signal.Signals) -> None:
     (tmp_path / "out.mp4").write_text("old")
     code = "from tubelet.runtime.cli import main; main()"
@@ -188,3 +192,17 @@ def test_a_signal_leaves_no_file_and_keeps_the_old_one(tmp_path: Path, number: s
     assert "interrupted" in errors and "Traceback" not in errors
     assert [p.name for p in tmp_path.iterdir()] == ["out.mp4"]
     assert (tmp_path / "out.mp4").read_text() == "old"
+
+
+def test_under_nohup_a_hangup_is_ignored(tmp_path: Path) -> None:
+    code = "import signal; signal.signal(signal.SIGHUP, signal.SIG_IGN); from tubelet.runtime.cli import main; main()"
+    process = subprocess.Popen(
+        [sys.executable, "-c", code, "generate", PROMPT, "-o", "out.mp4", "--steps", "100"], cwd=tmp_path
+    )
+    deadline = time.monotonic() + 60
+    while not list(tmp_path.iterdir()) and time.monotonic() < deadline:  # the writer's temporary file
+        time.sleep(0.05)
+    process.send_signal(signal.SIGHUP)
+
+    assert process.wait(timeout=120) == 0
+    assert [p.name for p in tmp_path.iterdir()] == ["out.mp4"]

@@ -278,11 +278,27 @@ def test_rounding_is_half_to_even(implementation: ModuleType, dtype: Any) -> Non
     values = np.concatenate([patterns.view(np.float32), ties, np.nextafter(ties, 0), np.nextafter(ties, np.inf)])
     x, tokens = values.reshape(256, -1), np.empty((1, 256, values.size // 256), dtype)
 
-    kernels.guided_step([x], tokens, tokens, [[1, 0]])
+    kernels.guided_step([x], np.zeros_like(tokens), tokens, [[1, 0]])
 
     with np.errstate(all="ignore"):
         expected = values.astype(dtype).astype(np.float32)
     np.testing.assert_array_equal(tokens.ravel().astype(np.float32), expected)
+
+
+def test_overlapping_arrays_are_refused(implementation: ModuleType) -> None:
+    memory = np.zeros(64, np.float32)
+    latent, rows, table = memory.reshape(4, 1, 4, 4), memory.reshape(4, 16), memory[:18].reshape(6, 3)
+    x, velocity = np.zeros((4, 6), np.float32), np.zeros((1, 4, 6), np.float32)
+    with pytest.raises(ValueError, match="tokens must not overlap latent"):
+        kernels.pack(latent, (1, 2, 2), out=rows)
+    with pytest.raises(ValueError, match="latent must not overlap tokens"):
+        kernels.unpack(rows, 4, (1, 2, 2), (1, 2, 2), out=latent)
+    with pytest.raises(ValueError, match="sin must not overlap cos"):
+        kernels.rope3d((1, 2, 3), 6, out=(table, table))
+    with pytest.raises(ValueError, match="tokens must not overlap velocity"):
+        kernels.guided_step([x], velocity, velocity, [[1, 0]])
+    with pytest.raises(ValueError, match=r"tokens must not overlap state\[0\]"):
+        kernels.guided_step([x], velocity, x[None], [[1, 0]])
 
 
 def test_unused_buffers_are_not_read(implementation: ModuleType) -> None:

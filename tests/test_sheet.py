@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from tubelet.runtime.errors import UserError
-from tubelet.runtime.sheet import BACKGROUND, GAP, LABEL_HEIGHT, contact_sheet
+from tubelet.runtime.sheet import BACKGROUND, GAP, LABEL_HEIGHT, contact_sheet, sheet_size
 
 
 def clip(frames: int, height: int = 40, width: int = 48) -> np.ndarray:
@@ -41,10 +41,12 @@ def test_a_short_clip_shows_each_frame_once() -> None:
     assert sheet.shape[1] == 2 * (48 + GAP)
 
 
-def test_scale_repeats_pixels() -> None:
-    sheet = contact_sheet([clip(3)], [""], columns=3, scale=2)
+def test_the_size_is_known_beforehand() -> None:
+    clips = [clip(21), clip(2, 16, 80), clip(1)]
 
-    assert sheet.shape == (LABEL_HEIGHT + 80 + GAP, 3 * (96 + GAP), 3)
+    height, width, _ = contact_sheet(clips, ["a", "b", "c"]).shape
+
+    assert (width, height) == sheet_size([c.shape[:3] for c in clips])
 
 
 @pytest.mark.parametrize(

@@ -86,6 +86,17 @@ def test_too_many_tokens_names_the_longest_legal_clip(spec: ModelSpec) -> None:
         plan(small, 128, 128, 1)
 
 
+@given(width=st.integers(1, 5000), height=st.integers(1, 5000), tokens=st.integers(1, 500))
+def test_the_largest_size_in_the_message_is_legal(width: int, height: int, tokens: int) -> None:
+    spec = dataclasses.replace(embedded_spec(), max_tokens=tokens)
+    try:
+        plan(spec, 16 * width, 16 * height, 1)
+        assert width * height <= tokens
+    except UserError as error:
+        size = str(error).split()[-1]
+        assert plan(spec, *map(int, size.split("x")), 1).tokens <= tokens
+
+
 def test_seconds_become_the_nearest_legal_frames(spec: ModelSpec) -> None:
     assert [frames_for(spec, s, 24) for s in (0.01, 1.0, 1.4, 60)] == [1, 25, 33, 1441]
 

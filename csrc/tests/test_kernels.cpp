@@ -101,9 +101,15 @@ void test_pack(bool large) {
     pack(rows, array("latent", latent, shape), {p.pt, p.ph, p.pw});
     unpack(array("latent", back, shape), rows, {p.pt, p.ph, p.pw});
 
-    for (int64_t n = 0; n < tokens; ++n)
-        for (int64_t k = 0; k < p.values(); ++k)
-            require(packed[shift + n * stride + k] == latent[latent_index(p, n, k)], "pack");
+    const T* row = packed.data() + shift;
+    for (int64_t t = 0; t < p.t; ++t)
+        for (int64_t h = 0; h < p.h; ++h)
+            for (int64_t w = 0; w < p.w; ++w, row += stride)
+                for (int64_t c = 0, k = 0; c < p.channels; ++c)
+                    for (int64_t i = t * p.pt; i < (t + 1) * p.pt; ++i)
+                        for (int64_t y = h * p.ph; y < (h + 1) * p.ph; ++y)
+                            for (int64_t x = w * p.pw; x < (w + 1) * p.pw; ++x, ++k)
+                                require(row[k] == latent[((c * shape[1] + i) * shape[2] + y) * shape[3] + x], "pack");
     require(back == latent, "unpack");
 }
 
@@ -200,6 +206,10 @@ void test_guided_step_refuses() {
     };
     step(right);
 
+    refused("tokens must not overlap state[0]", [](Arguments& a) { a.tokens.data = a.state[0].data; });
+    refused("state[0] must not overlap velocity", [](Arguments& a) { a.velocity.data = a.state[0].data; });
+    refused("state[0] must not overlap clean", [](Arguments& a) { a.clean->data = a.state[0].data; });
+    refused("tokens must not overlap velocity", [](Arguments& a) { a.tokens.data = a.velocity.data; });
     refused("state must be x and at most", [](Arguments& a) { a.state.clear(); });
     refused("state must be x and at most", [](Arguments& a) { a.state.resize(kMaxBuffers + 1, a.state[0]); });
     refused("state[1] must be float32, is float16", [](Arguments& a) { a.state[1].dtype = DType::f16; });
@@ -249,6 +259,9 @@ void test_the_others_refuse() {
         refused("tokens must be float32, is float16", halves, latent, patch);
         refused("tokens must not overlap itself", dense, latent, patch);
     }
+    require_refused("tokens must not overlap latent", [&] { pack(rows, latent, patch); });
+    require_refused("latent must not overlap tokens", [&] { unpack(latent, rows, patch); });
+    require_refused("sin must not overlap cos", [&] { rope3d(cos, sin, grid, 8, 1e4, zero, one); });
     require_refused("head_dim must be even", [&] { rope3d(cos, sin, grid, 7, 1e4, zero, one); });
     require_refused("grid must lie within", [&] { rope3d(cos, sin, {1, 0, 3}, 8, 1e4, zero, one); });
     require_refused("theta must be positive", [&] { rope3d(cos, sin, grid, 8, 0, zero, one); });

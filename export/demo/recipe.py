@@ -60,7 +60,7 @@ def model_spec(mean: Sequence[float], std: Sequence[float]) -> ModelSpec:
         denoiser=denoiser_spec(),
         vae=vae_spec(mean, std),
         defaults=Defaults(
-            width=64, height=64, frames=33, steps=20, guidance=2.5, sampler="unipc", shift=3.0, negative_prompt=""
+            width=64, height=64, frames=33, steps=20, guidance=2.0, sampler="unipc", shift=5.0, negative_prompt=""
         ),
     )
 

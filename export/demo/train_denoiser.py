@@ -176,14 +176,21 @@ class Batches:
         grid = (frames, height // ph, width // pw)
         count = min(64, max(4, TOKENS_PER_BATCH // math.prod(grid)))
         chosen = rng.integers(len(entry["scenes"]), size=count)
-        latents = (entry["latents"][chosen, :, :frames].float() - self.mean) / self.std
         scenes: Iterator[Scene] = (TRAINED[entry["scenes"][i]] for i in chosen)
         captions = ["" if rng.random() < CAPTION_DROP else caption(scene, rng, image) for scene in scenes]
+        known = np.stack([draw_known(grid, rng).ravel() for _ in range(count)])
+        return self.make(entry["latents"][chosen, :, :frames], captions, known)
+
+    def make(self, latents: Tensor, captions: list[str], known: np.ndarray | None = None) -> Batch:
+        """A batch of these clips: latents as the VAE gives them [B,C,T,H,W], known tokens float32 [B,N] or none."""
+        denoiser = self.spec.denoiser
+        grid = cast(tuple[int, int, int], tuple(n // p for n, p in zip(latents.shape[2:], denoiser.patch, strict=True)))
         ids, mask = self.tokenizer(captions)
-        rope = rope3d(grid, self.spec.denoiser.head_size, theta=self.spec.denoiser.theta)
+        rope = rope3d(grid, denoiser.head_size, theta=denoiser.theta)
+        clean = pack((latents.float() - self.mean) / self.std, denoiser.patch)
         return Batch(
-            clean=pack(latents, self.spec.denoiser.patch),
-            known=torch.from_numpy(np.stack([draw_known(grid, rng).ravel() for _ in range(count)])),
+            clean=clean,
+            known=torch.zeros(clean.shape[:2]) if known is None else torch.from_numpy(known),
             ids=torch.from_numpy(ids),
             mask=torch.from_numpy(mask),
             coordinates=torch.from_numpy(coordinate_columns(grid)),
@@ -252,26 +259,16 @@ def word_gap(model: Model, batches: Batches, word: str, other: str) -> float:
     chosen = [
         i for i, s in enumerate(entry["scenes"]) if word in (TRAINED[s].motion, TRAINED[s].shape, TRAINED[s].colour)
     ][:32]
-    latents = (entry["latents"][chosen].float() - batches.mean) / batches.std
-    grid = (latents.shape[2], latents.shape[3] // 2, latents.shape[4] // 2)
-    rope = rope3d(grid, batches.spec.denoiser.head_size, theta=batches.spec.denoiser.theta)
-    losses = []
+    latents, losses = entry["latents"][chosen], []
     for swap in (False, True):
         captions = []
         for i in chosen:
             scene = TRAINED[entry["scenes"][i]]
             verb = named.get(scene.motion, scene.motion)
             text = f"a {scene.colour} {scene.shape} {verb} on a {scene.background} background"
-            captions.append(text.replace(named.get(word, word), named.get(other, other)) if swap else text)
-        ids, mask = batches.tokenizer(captions)
-        batch = Batch(
-            pack(latents, batches.spec.denoiser.patch),
-            torch.zeros(len(chosen), math.prod(grid)),
-            torch.from_numpy(ids),
-            torch.from_numpy(mask),
-            torch.from_numpy(coordinate_columns(grid)),
-            (torch.from_numpy(rope[0]), torch.from_numpy(rope[1])),
-        )
+            text = text.replace(named.get(word, word), named.get(other, other)) if swap else text
+            captions.append(text.replace("a orange", "an orange"))
+        batch = batches.make(latents, captions)
         torch.manual_seed(3)
         noise = torch.randn_like(batch.clean)
         sigma = torch.full((len(chosen),), 0.9)

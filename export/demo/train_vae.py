@@ -31,7 +31,9 @@ SIZE_ODDS = np.array([8, 3, 3, 2, 1, 1, 0.5, 0.5]) / 19
 LENGTHS, LENGTH_ODDS = (1, 5, 9, 17), (0.05, 0.45, 0.4, 0.1)
 MUON_RATE, ADAMW_RATE = 8e-3, 1e-3
 KL_WEIGHT = 5e-4
-REFINE_STEPS, REFINE_NOISE = 2500, 0.05
+REFINE_STEPS, REFINE_NOISE = 1600, 0.05
+FAST_STEPS = 1200  # of refinement on what moves most between two frames: wide pictures, short clips
+FAST_SIZES = ((96, 64), (64, 96), (96, 96), (96, 48), (48, 96), (80, 64), (64, 80), (80, 80), (80, 48), (48, 80))
 
 
 def rate(step: int) -> float:
@@ -66,6 +68,15 @@ def train_batch(step: int) -> tuple[Tensor, int]:
         start = rng.integers(len(clip) - frames - history + 1)
         clips.append(clip[start : start + frames + history])
     return to_pixels(np.stack(clips)), history
+
+
+def fast_batch(step: int) -> tuple[Tensor, int]:
+    """One clip and its history, as `train_batch`, of the second part of the decoder's refinement."""
+    rng = np.random.default_rng((11, step))
+    width, height = FAST_SIZES[rng.integers(len(FAST_SIZES))]
+    clip = render(TRAINED[rng.integers(len(TRAINED))], width, height, int(rng.choice((17, 33), p=(0.75, 0.25))), rng)
+    history = 4 * int(rng.integers((len(clip) - 9) // 4 + 1)) + 1
+    return to_pixels(clip[None, : history + 8]), history
 
 
 def autoencode(vae: Vae, pixels: Tensor, history: int, draw: Callable[[Tensor], Tensor]) -> tuple[Tensor, Tensor]:
@@ -156,7 +167,8 @@ def blur(vae: Vae, statistics: Tensor) -> Tensor:
 def refine_decoder(spec: VaeSpec, folder: Path) -> None:
     """Trains the decoder alone on slightly noised latents of the frozen encoder: `vae_refined.pt`.
 
-    The denoiser's latents are never exact, and the encoder must not move once they are cached.
+    The denoiser's latents are never exact, and the encoder must not move once they are cached. The second part sees
+    fast motion: after the first one 58 % of true clips of 96x64 and 17 frames passed the scorer, of others 92-100 %.
     """
     vae = Vae(spec)
     vae.load_state_dict(torch.load(folder / "vae.pt", weights_only=True))
@@ -165,9 +177,12 @@ def refine_decoder(spec: VaeSpec, folder: Path) -> None:
     optimizers = Optimizers(decoder, MUON_RATE / 2, ADAMW_RATE / 2)
     state = {"vae": vae, "average": average, "optimizers": optimizers}
     checkpoint = Checkpoint(folder / "decoder_training.pt", state, every=400)
-    for step in checkpoint.steps(REFINE_STEPS, {"held_out_psnr": lambda: _held_out_psnr(cast(Vae, average.module))}):
+    for step in checkpoint.steps(
+        REFINE_STEPS + FAST_STEPS, {"held_out_psnr": lambda: _held_out_psnr(cast(Vae, average.module))}
+    ):
         torch.manual_seed(500_000 + step)
-        pixels, history = train_batch(STEPS + step)
+        fast = step >= REFINE_STEPS
+        pixels, history = (fast_batch if fast else train_batch)(STEPS + step)
         pixels = pixels.contiguous(memory_format=torch.channels_last_3d)
         _, decoded = autoencode(vae, pixels, history, lambda statistics: blur(vae, statistics))
         error = decoded - pixels[:, :, history:]
@@ -175,7 +190,8 @@ def refine_decoder(spec: VaeSpec, folder: Path) -> None:
         decoder.zero_grad()
         loss.backward()
         nn.utils.clip_grad_norm_(decoder.parameters(), 1.0)
-        optimizers.step(trapezoid(step, REFINE_STEPS, flat=0.3))
+        first, second = trapezoid(step, REFINE_STEPS, 0.3), 0.5 * trapezoid(step - REFINE_STEPS, FAST_STEPS, 0.3)
+        optimizers.step(second if fast else first)
         average.update_parameters(vae)
         checkpoint.log(loss=loss.item(), mse=error.square().mean().item())
     save(average.module.state_dict(), folder / "vae_refined.pt")
