@@ -234,9 +234,9 @@ void test_guided_step_refuses() {
 }
 
 void test_the_others_refuse() {
-    std::vector<float> memory(4 * 1 * 6 * 6), table(6 * 4);
+    std::vector<float> memory(4 * 1 * 6 * 6), table(6 * 4), other(6 * 4);
     const Array latent = array("latent", memory, {4, 1, 6, 6}), rows = array("tokens", memory, {9, 16});
-    const Array cos = array("cos", table, {6, 4}), sin = array("sin", table, {6, 4});
+    const Array cos = array("cos", table, {6, 4}), sin = array("sin", other, {6, 4});
     const Triple patch = {1, 2, 2}, grid = {1, 2, 3};
     const RealTriple zero = {0, 0, 0}, one = {1, 1, 1};
     Array flat = latent, wide = latent, dense = rows, halves = rows, low = sin;
@@ -261,7 +261,8 @@ void test_the_others_refuse() {
     }
     require_refused("tokens must not overlap latent", [&] { pack(rows, latent, patch); });
     require_refused("latent must not overlap tokens", [&] { unpack(latent, rows, patch); });
-    require_refused("sin must not overlap cos", [&] { rope3d(cos, sin, grid, 8, 1e4, zero, one); });
+    require_refused("sin must not overlap cos",
+                    [&] { rope3d(cos, array("sin", table, {6, 4}), grid, 8, 1e4, zero, one); });
     require_refused("head_dim must be even", [&] { rope3d(cos, sin, grid, 7, 1e4, zero, one); });
     require_refused("grid must lie within", [&] { rope3d(cos, sin, {1, 0, 3}, 8, 1e4, zero, one); });
     require_refused("theta must be positive", [&] { rope3d(cos, sin, grid, 8, 0, zero, one); });
