@@ -177,7 +177,7 @@ def test_doctor_says_what_works(tubelet) -> None:
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP])
 def test_a_signal_leaves_no_file_and_keeps_the_old_one(tmp_path: Path, number: signal.Signals) -> None:
     (tmp_path / "out.mp4").write_text("old")
-    code = "from tubelet.runtime.cli import main; main()"
+    code = f"import signal; signal.signal({int(number)}, signal.SIG_DFL); from tubelet.runtime.cli import main; main()"
     process = subprocess.Popen(
         [sys.executable, "-c", code, "generate", PROMPT, "-o", "out.mp4", "--steps", "1000"],
         cwd=tmp_path, stderr=subprocess.PIPE, text=True,
