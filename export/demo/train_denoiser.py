@@ -1,8 +1,8 @@
 """Trains the embedded model's text encoder and denoiser together, by flow matching on cached latents.
 
 Flows in: `vae.pt`. Flows out: `latents.pt` (a pool of encoded clips) and `denoiser.pt` (weights averaged over
-training). Every step draws a size, a duration, noise levels and known tokens from a seed of its own, so training
-resumes exactly.
+training). Every step draws a size, a duration, noise levels and known tokens from a seed of its own, so a resumed
+training sees what a whole one would have; the compiled denoiser may round differently after a restart.
 
 Known tokens (clean, at noise level 0) are what later tasks are made of: first frames, last frames, both ends, or a
 rectangle in space and time.
