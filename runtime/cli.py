@@ -188,12 +188,13 @@ def _generate_all(
     sizes = [pipeline.check(request)[1] for request in requests]
     for size, path in zip(sizes, paths, strict=True):
         check_length(path, size.frames)
-    width, height = sheet_size([(size.frames, size.height, size.width) for size in sizes])
-    if sheet is not None and max(width, height) > MAX_SIZE:
-        raise UserError(
-            f"--sheet would be {width}x{height} pixels, over {MAX_SIZE} a side; "
-            f"leave it out or make fewer or smaller clips"
-        )
+    if sheet is not None:
+        width, height = sheet_size([(size.frames, size.height, size.width) for size in sizes])
+        if max(width, height) > MAX_SIZE:
+            raise UserError(
+                f"--sheet would be {width}x{height} pixels, over {MAX_SIZE} a side; "
+                f"leave it out or make fewer or smaller clips"
+            )
     made, rows = [], []
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
     with Progress(*columns, console=err, transient=True) as progress:
