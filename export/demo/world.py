@@ -1,42 +1,33 @@
 """The synthetic world of the embedded model: moving shapes on plain backgrounds, with captions.
 
 Flows in: a NumPy generator and a canvas size. Flows out: clips (uint8 frames) and caption strings. Knows nothing of
-networks; the scorer (`score.py`) and the training scripts share its tables.
+networks; the scorer (`score.py`) and the training scripts share its tables. Its words live in `tubelet.runtime.world`,
+because the runtime completes prompts with them.
 """
 
 from __future__ import annotations
 
 import itertools
-from dataclasses import dataclass
 
 import numpy as np
 
-SHAPES = ("circle", "square", "triangle")
-COLOURS = {
-    "red": (225, 35, 40),
-    "green": (40, 175, 65),
-    "blue": (45, 75, 225),
-    "yellow": (245, 220, 45),
-    "purple": (155, 50, 195),
-    "orange": (250, 135, 25),
-}
-BACKGROUNDS = {"white": (250, 250, 250), "black": (12, 12, 12), "gray": (128, 128, 128), "cyan": (120, 225, 235)}
-MOTIONS = ("left", "right", "up", "down", "still", "grows", "shrinks")
-VERBS = {
-    "left": ("moves left", "slides to the left", "travels left", "moving left"),
-    "right": ("moves right", "slides to the right", "travels right", "moving right"),
-    "up": ("moves up", "slides to the top", "rises up", "moving up"),
-    "down": ("moves down", "slides to the bottom", "falls down", "moving down"),
-    "still": ("stays still", "does not move", "rests", "staying still"),
-    "grows": ("grows", "gets bigger", "becomes larger", "growing"),
-    "shrinks": ("shrinks", "gets smaller", "becomes smaller", "shrinking"),
-}
-TEMPLATES = (
-    "a {colour} {shape} {verb} on a {background} background",
-    "on a {background} background a {colour} {shape} {verb}",
-    "a {shape} that is {colour} {verb} over {background}",
-    "a video of a {colour} {shape} on {background} , it {verb}",
-)
+from tubelet.runtime.world import ATTRIBUTES, BACKGROUNDS, COLOURS, MOTIONS, SHAPES, TEMPLATES, VERBS, Scene, say
+
+__all__ = [
+    "BACKGROUNDS",
+    "COLOURS",
+    "HELD_OUT",
+    "MOTIONS",
+    "SCENES",
+    "SHAPES",
+    "TRAINED",
+    "VERBS",
+    "Scene",
+    "caption",
+    "render",
+    "vocabulary",
+]
+
 STILL_TEMPLATES = (
     "a {colour} {shape} on a {background} background",
     "on a {background} background a {colour} {shape}",
@@ -46,18 +37,7 @@ STILL_TEMPLATES = (
 TRIANGLE_REACH = 1.15  # its apex lies this many radii from its centroid
 HELD_OUT_EVERY = 10  # one combination in ten is never trained: prompts for generalisation
 
-
-@dataclass(frozen=True)
-class Scene:
-    """The attributes that a caption names and the scorer measures."""
-
-    shape: str
-    colour: str
-    background: str
-    motion: str
-
-
-SCENES = tuple(Scene(*row) for row in itertools.product(SHAPES, COLOURS, BACKGROUNDS, MOTIONS))
+SCENES = tuple(Scene(*row) for row in itertools.product(*ATTRIBUTES.values()))
 _ORDER = np.random.default_rng(2026).permutation(len(SCENES))
 HELD_OUT = tuple(SCENES[i] for i in _ORDER[::HELD_OUT_EVERY])
 TRAINED = tuple(scene for scene in SCENES if scene not in set(HELD_OUT))
@@ -67,13 +47,7 @@ def caption(scene: Scene, rng: np.random.Generator, image: bool = False) -> str:
     """One wording of a scene; an image's caption leaves out the motion half of the time."""
     templates = STILL_TEMPLATES if image and rng.random() < 0.5 else TEMPLATES
     verbs = VERBS[scene.motion]
-    text = templates[rng.integers(len(templates))].format(
-        colour=scene.colour,
-        shape=scene.shape,
-        background=scene.background,
-        verb=verbs[rng.integers(len(verbs))],
-    )
-    return text.replace("a orange", "an orange")
+    return say(scene, templates[rng.integers(len(templates))], verbs[rng.integers(len(verbs))])
 
 
 def vocabulary() -> list[str]:
@@ -83,24 +57,32 @@ def vocabulary() -> list[str]:
     return sorted(words | set(SHAPES) | set(COLOURS) | set(BACKGROUNDS))
 
 
-def render(scene: Scene, width: int, height: int, frames: int, rng: np.random.Generator) -> np.ndarray:
+def render(
+    scene: Scene, width: int, height: int, frames: int, rng: np.random.Generator, stops: bool = False
+) -> np.ndarray:
     """Draws a clip, uint8 [frames, height, width, 3], with a random size, place and speed of the shape.
 
     The whole shape stays inside the picture. Over the clip a moving shape crosses 30-60 % of the picture's side,
-    a growing one gains a factor of 1.6-2.2 in radius.
+    a growing one gains a factor of 1.6-2.2 in radius. With `stops` the clip is one moment of a longer one: the shape is
+    anywhere on its way, which it ends where there is no room left.
     """
     side = min(width, height)
     u = np.linspace(0.0, 1.0, frames)
     radius = np.full(frames, side * rng.uniform(0.14, 0.21))
     if scene.motion in ("grows", "shrinks"):
         small = side * rng.uniform(0.10, 0.14)
-        radius = small * rng.uniform(1.6, 2.2) ** (u if scene.motion == "grows" else 1 - u)
+        gain = rng.uniform(1.6, 2.2)
+        way = np.minimum(rng.random() + u, 1) if stops else u
+        radius = small * gain ** (way if scene.motion == "grows" else 1 - way)
     margin = radius.max() * (TRIANGLE_REACH if scene.shape == "triangle" else 1.0) + 1.5
     delta = {"left": (-1, 0), "right": (1, 0), "up": (0, -1), "down": (0, 1)}.get(scene.motion, (0, 0))
     path = []
     for extent, direction in zip((width, height), delta, strict=True):
         room = extent - 2 * margin
         travel = direction * min(room, extent * rng.uniform(0.30, 0.60))
+        if stops:
+            path.append(np.clip(margin + rng.random() * room + travel * u, margin, extent - margin))
+            continue
         start = margin + max(-travel, 0.0) + rng.random() * (room - abs(travel))
         path.append(start + travel * u)
     alpha = _coverage(scene.shape, path[0], path[1], radius, width, height)[..., None]
