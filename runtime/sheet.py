@@ -1,7 +1,7 @@
 """Clips to one labelled image, for looking at many at once.
 
 Flows in: clips, uint8 RGB [T,H,W,3], and a label each. Flows out: one uint8 RGB image [H,W,3].
-The only module that draws text, hence the only one that uses Pillow.
+The only module that draws text.
 """
 
 from __future__ import annotations

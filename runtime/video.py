@@ -34,6 +34,8 @@ from av.video.stream import VideoStream
 from numpy.typing import NDArray
 
 from .atomic import temporary_beside
+from .comment import add as add_comment
+from .comment import check as check_comment
 from .errors import UserError
 
 Frames = NDArray[np.uint8]
@@ -145,25 +147,30 @@ class VideoWriter:
                 video.write(chunk)
     """
 
-    def __init__(self, path: str | os.PathLike[str], width: int, height: int, fps: float | Fraction) -> None:
-        """`width`, `height` in pixels, `fps` in frames a second.
+    def __init__(
+        self, path: str | os.PathLike[str], width: int, height: int, fps: float | Fraction, comment: str = ""
+    ) -> None:
+        """`width`, `height` in pixels, `fps` in frames a second; `comment` is what `comment.get` finds in the file.
 
-        Raises UserError for a suffix that is not in CODECS, a size or rate that the format does not allow, a path that
-        is a folder, or a folder that cannot be written to.
+        Raises UserError for a suffix that is not in CODECS, a size, rate or comment that the format does not allow, a
+        path that is a folder, or a folder that cannot be written to.
         """
         self.path = Path(path)
         self.shape = (height, width, 3)
         self.frames = 0
-        self._codec = codec_for(self.path)
+        self._codec, self._comment = codec_for(self.path), comment
         slowest, fastest = self._codec.min_fps, self._codec.max_fps
         if not 1 <= min(width, height) <= max(width, height) <= MAX_SIZE:
             raise UserError(f"width and height must be 1 to {MAX_SIZE} pixels, are {width} and {height}")
         if not slowest <= fps <= fastest:  # neither is NaN
             raise UserError(f"{self.path.suffix} holds {slowest} to {fastest} frames a second, fps is {fps}")
+        check_comment(comment)
         rate = Fraction(fps).limit_denominator(1001)  # FFmpeg holds rates as 32-bit fractions
         self._tick = 1 / rate
         self._temporary = temporary_beside(self.path)
         self._container, self._stream = _prepare(self._temporary, self._codec, width, height, rate)
+        if comment:
+            self._container.metadata["comment"] = comment  # of these formats only .mp4 keeps it
         self._discard = weakref.finalize(self, _abandon, self._container, self._temporary)
         with self._writing():
             _refuse_folder(self.path)
@@ -206,6 +213,8 @@ class VideoWriter:
                 raise UserError(f"no frames were written to {self.path}; write at least one before closing")
             self._container.mux(self._stream.encode(None))
             self._container.close()
+            if self._comment:
+                add_comment(self._temporary, self.path.suffix.lower(), self._comment)
             os.replace(self._temporary, self.path)
         self._discard.detach()
 
