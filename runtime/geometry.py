@@ -12,6 +12,8 @@ import numpy as np
 from .errors import UserError
 from .spec import COORDINATE_COLUMNS, ModelSpec
 
+LARGEST = 4.0  # pixels of the largest given picture that keeps its size, over those of the model's default
+
 
 @dataclass(frozen=True)
 class Geometry:
@@ -44,6 +46,19 @@ def frames_step(spec: ModelSpec) -> int:
 def frames_for(spec: ModelSpec, seconds: float, fps: float) -> int:
     """The legal count of frames nearest to a duration."""
     return _nearest_frames(spec, seconds * fps)
+
+
+def nearest_size(spec: ModelSpec, width: int, height: int) -> tuple[int, int]:
+    """The legal size for a picture of this size: its own aspect ratio, as nearly as steps allow.
+
+    A picture of more than `LARGEST` times the area of the model's default is made smaller.
+    """
+    scale = min(1.0, (LARGEST * spec.defaults.width * spec.defaults.height / (width * height)) ** 0.5)
+    across, down = size_step(spec)
+    return (
+        max(across, round(width * scale / across) * across),
+        max(down, round(height * scale / down) * down),
+    )
 
 
 def plan(spec: ModelSpec, width: int, height: int, frames: int) -> Geometry:

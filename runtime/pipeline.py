@@ -8,10 +8,7 @@ nothing of files, codecs or how an engine runs.
 from __future__ import annotations
 
 import dataclasses
-import json
-import os
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -19,92 +16,31 @@ import numpy as np
 from numpy.typing import NDArray
 
 from . import kernels
-from .atomic import temporary_beside
 from .bundle import TO_GENERATE, TOKENIZER, Bundle
-from .engines import Binding, Engine, OnnxRuntimeEngine
+from .canvas import Canvas
+from .engines import Engine, OnnxRuntimeEngine
 from .errors import Cancelled, UserError
+from .generation import Generation, Pinned
 from .geometry import Geometry, coordinate_columns, plan
 from .request import Request, Settings
-from .schedule import Schedule, make_schedule, time_features
-from .strict import read
+from .schedule import Schedule, make_inversion, make_schedule, time_features
 from .text import PromptTokenizer
 
 Float32 = NDArray[np.float32]
 Frames = NDArray[np.uint8]  # [T,H,W,3]
 
-DECODE_CHUNK = 4  # latent frames decoded at a time
+CHUNK = 4  # latent frames that the VAE sees at a time
 
 
-@dataclass
-class Generation:
-    """A request on its way: the sampler's state, the denoiser's bound arrays, and how many steps are done.
+class Engines(dict[str, Engine]):
+    """A bundle's engines on the CPU by component, each loaded when it is first asked for."""
 
-    Everything is allocated by `Pipeline.prepare` and reused by every step.
-    """
+    def __init__(self, bundle: Bundle, threads: int | None):
+        super().__init__()
+        self._bundle, self._threads = bundle, threads
 
-    settings: Settings
-    geometry: Geometry
-    schedule: Schedule
-    matrices: Float32  # the schedule's, in the kernel's type
-    time_table: Float32  # [steps,2,F]: features of the level of unknown tokens, and of known ones
-    state: list[Float32]  # the sample x and the sampler's history, [N,P] each
-    arrays: dict[str, NDArray[Any]]  # the denoiser's inputs and its output, by name
-    binding: Binding
-    bundle_key: str
-    done: int = 0
-
-    @property
-    def finished(self) -> bool:
-        return self.done == self.schedule.steps
-
-    def save(self, path: str | Path) -> None:
-        """Writes the sampler's state and the request as safetensors; `load` goes on from there bit for bit.
-
-        Raises UserError when the file cannot be written; an older file is kept then.
-        """
-        from safetensors.numpy import save
-
-        path = Path(path)
-        if path.is_dir() or not path.name:
-            raise UserError(f"cannot write {path}: it is a folder; give a file name inside it")
-        partial = temporary_beside(path)
-        settings = json.dumps(dataclasses.asdict(self.settings))
-        metadata = {"settings": settings, "done": str(self.done), "bundle": self.bundle_key}
-        try:
-            partial.write_bytes(save({"state": np.stack(self.state)}, metadata))
-            os.replace(partial, path)
-        except OSError as error:
-            raise UserError(f"cannot write {path}: {error.strerror}; choose a writable folder") from error
-        finally:
-            partial.unlink(missing_ok=True)
-
-    @classmethod
-    def load(cls, path: str | Path, pipeline: Pipeline) -> Generation:
-        """Goes on from a saved generation. Raises UserError when the file is damaged or of another bundle."""
-        from safetensors import SafetensorError, safe_open
-
-        try:
-            with safe_open(path, "numpy") as file:
-                metadata, state = file.metadata() or {}, file.get_tensor("state")
-            if metadata["bundle"] != pipeline.bundle.key:
-                raise UserError(
-                    f"it was saved with another bundle than {pipeline.bundle.folder}; open the one it came from"
-                )
-            settings = read(Settings, json.loads(metadata["settings"]), "settings")
-            generation = pipeline.prepare(Request(**vars(settings)))
-            done = int(metadata["done"])
-            shape = (len(generation.state), *generation.state[0].shape)
-            if state.shape != shape or state.dtype != np.float32 or not 0 <= done <= generation.schedule.steps:
-                raise UserError("its state does not fit its request; generate again")
-        except FileNotFoundError as error:
-            raise UserError(f"there is no saved generation {path}") from error
-        except (OSError, SafetensorError, KeyError, ValueError) as error:
-            raise UserError(f"cannot resume {path}: {error}") from error
-        for buffer, saved in zip(generation.state, state, strict=True):
-            np.copyto(buffer, saved)
-        generation.arrays["tokens"][:, :, : state.shape[2]] = state[0]
-        generation.done = done
-        return generation
+    def __missing__(self, name: str) -> Engine:
+        return self.setdefault(name, OnnxRuntimeEngine(self._bundle.graph(name), self._threads))
 
 
 class Pipeline:
@@ -125,7 +61,9 @@ class Pipeline:
         if "cpu" not in opened.manifest.targets:
             targets = ", ".join(opened.manifest.targets) or "nothing"
             raise UserError(f"{opened.folder} runs on {targets}, this version of tubelet runs cpu; export it again")
-        engines: dict[str, Engine] = {n: OnnxRuntimeEngine(opened.graph(n), threads) for n in TO_GENERATE}
+        engines = Engines(opened, threads)
+        for name in TO_GENERATE:
+            _ = engines[name]
         kernels.set_threads(threads)
         return cls(opened, engines)
 
@@ -133,40 +71,102 @@ class Pipeline:
         """What a request means for this model. Raises UserError, in no time, when it cannot be served."""
         settings = request.complete(self.spec)
         geometry = plan(self.spec, settings.width, settings.height, settings.frames)
-        schedule = make_schedule(settings.sampler, settings.steps, settings.shift)
+        schedule = make_schedule(settings.sampler, settings.steps, settings.shift, settings.strength)
         self.tokenizer(self._prompts(settings))
         return settings, geometry, schedule
 
     def generate(
         self,
         request: Request,
+        canvas: Canvas | None = None,
         on_step: Callable[[int, int], None] | None = None,
         cancel: Callable[[], bool] | None = None,
     ) -> Frames:
-        """The whole clip, uint8 [T,H,W,3].
+        """The whole clip, uint8 [T,H,W,3]; with a canvas, of its size and around what it knows.
 
         `on_step(done, steps)` is called after every step; `cancel()` is asked before every step and, when true, ends
         the generation with Cancelled. Raises UserError for a request that the model cannot serve.
         """
-        generation = self.prepare(request)
+        generation = self.prepare(request, canvas)
+        self.finish(generation, on_step, cancel)
+        return np.concatenate(list(self.decode(generation)))
+
+    def finish(
+        self,
+        generation: Generation,
+        on_step: Callable[[int, int], None] | None = None,
+        cancel: Callable[[], bool] | None = None,
+    ) -> None:
+        """Takes all steps that are left, reporting and cancelling as `generate` does."""
         while not generation.finished:
             if cancel is not None and cancel():
                 raise Cancelled(f"cancelled after {generation.done} of {generation.schedule.steps} steps")
             self.step(generation)
             if on_step is not None:
                 on_step(generation.done, generation.schedule.steps)
-        return np.concatenate(list(self.decode(generation)))
 
-    def prepare(self, request: Request) -> Generation:
-        """Checks a request, encodes its text and allocates all that its steps need. Raises UserError as `check`."""
+    def prepare(self, request: Request, canvas: Canvas | None = None) -> Generation:
+        """Checks a request, encodes its text and allocates all that its steps need.
+
+        The size of the clip is the canvas's, if there is one. Raises UserError as `check`.
+        """
+        if canvas is not None:
+            request = self._sized(request, canvas.latents)
         settings, geometry, schedule = self.check(request)
+        if canvas is not None and canvas.noise is not None:
+            sample = self._pack(canvas.noise)
+        else:
+            sample = self._pack(starting_noise(geometry, self.spec.denoiser.latent_channels, settings.seed))
+        if canvas is None:
+            return self._allocate(settings, geometry, schedule, sample)
+        if canvas.known.shape != geometry.grid:
+            raise UserError(f"a canvas of this size has known {list(geometry.grid)}, not {list(canvas.known.shape)}")
+        known, clean = canvas.known.ravel(), self._pack(canvas.latents)
+        pinned = Pinned(known.astype(np.float32), clean, None if self.spec.denoiser.two_levels else sample)
+        sigma = np.float32(schedule.sigmas[0])
+        mixed = (1 - sigma) * clean + sigma * sample
+        sample = mixed if settings.strength < 1 else sample.copy()
+        sample[known] = (clean if pinned.noise is None else mixed)[known]
+        return self._allocate(settings, geometry, schedule, sample, canvas, pinned)
+
+    def prepare_inversion(self, request: Request, latents: Float32) -> Generation:
+        """The way back: prepares the steps from a clip's latents [C,T',H',W'] to the noise that makes it.
+
+        `latent` gives that noise in the end, for the sampler `euler` with the request's prompt, steps, shift and
+        guidance. Raises UserError as `check`.
+        """
+        settings, geometry, _ = self.check(self._sized(request, latents))
+        return self._allocate(settings, geometry, make_inversion(settings.steps, settings.shift), self._pack(latents))
+
+    def _sized(self, request: Request, latents: Float32) -> Request:
+        """A request for a clip of these latents [C,T',H',W']."""
+        vae = self.spec.vae
+        _, frames, height, width = latents.shape
+        return dataclasses.replace(
+            request,
+            frames=1 + (frames - 1) * vae.temporal_factor,
+            height=height * vae.spatial_factor,
+            width=width * vae.spatial_factor,
+        )
+
+    def _pack(self, latents: Float32) -> Float32:
+        return kernels.pack(np.ascontiguousarray(latents), self.spec.denoiser.patch)
+
+    def _allocate(
+        self,
+        settings: Settings,
+        geometry: Geometry,
+        schedule: Schedule,
+        sample: Float32,
+        canvas: Canvas | None = None,
+        pinned: Pinned | None = None,
+    ) -> Generation:
         denoiser = self.spec.denoiser
         cross_k, cross_v = self._condition(settings)
         batch = cross_k.shape[1]
         rope_cos, rope_sin = kernels.rope3d(geometry.grid, denoiser.head_size, theta=denoiser.theta)
         shape = (geometry.tokens, denoiser.token_values)
-        state = [_zeros(shape) for _ in range(schedule.buffers)]
-        kernels.pack(starting_noise(geometry, denoiser.latent_channels, settings.seed), denoiser.patch, out=state[0])
+        state = [sample, *(_zeros(shape) for _ in range(schedule.buffers - 1))]
         inputs = {
             "tokens": _zeros((batch, geometry.tokens, denoiser.token_inputs)),
             "time_features": _zeros((batch, 2, denoiser.time_features)),
@@ -177,6 +177,8 @@ class Pipeline:
         }
         if denoiser.two_levels:
             inputs["known"] = _zeros((batch, geometry.tokens))
+            if pinned is not None:
+                inputs["known"][:] = pinned.known
         inputs["tokens"][:, :, : shape[1]] = state[0]
         if denoiser.coordinates:
             inputs["tokens"][:, :, shape[1] :] = coordinate_columns(geometry.grid)
@@ -192,6 +194,8 @@ class Pipeline:
             arrays=inputs | velocity,
             binding=self.engines["denoiser"].bind(inputs, velocity),
             bundle_key=self.bundle.key,
+            canvas=canvas,
+            pinned=pinned,
         )
 
     def step(self, generation: Generation) -> None:
@@ -204,33 +208,51 @@ class Pipeline:
         arrays = generation.arrays
         np.copyto(arrays["time_features"], generation.time_table[generation.done])
         generation.binding.run()
+        generation.done += 1
         kernels.guided_step(
             generation.state,
             arrays["velocity"],
             arrays["tokens"],
-            generation.matrices[generation.done],
+            generation.matrices[generation.done - 1],
             guidance=generation.settings.guidance,
+            **generation.pins(),
         )
-        generation.done += 1
+
+    def latent(self, generation: Generation) -> Float32:
+        """The sample as a normalised latent [C,T',H',W']: clean after the last step, noise after an inversion's."""
+        denoiser = self.spec.denoiser
+        return kernels.unpack(generation.state[0], denoiser.latent_channels, generation.geometry.grid, denoiser.patch)
 
     def decode(self, generation: Generation) -> Iterator[Frames]:
         """Yields the clip's frames in order, uint8 [T,H,W,3], a few at a time.
 
         Beyond the latent, memory does not grow with duration. Before the last step the frames are a noisy preview.
         """
-        grid, patch = generation.geometry.grid, self.spec.denoiser.patch
-        latent = kernels.unpack(generation.state[0], self.spec.denoiser.latent_channels, grid, patch)
-        return self.decode_latent(latent)
+        return self.decode_latent(self.latent(generation))
 
     def decode_latent(self, latent: Float32) -> Iterator[Frames]:
         """Yields the frames of a normalised latent [C,T',H',W'], a few at a time."""
         results = self.engines["vae_decoder_first"]({"latents": latent[None, :, :1]})
         yield _to_frames(results.pop("pixels"))
-        for start in range(1, latent.shape[1], DECODE_CHUNK):
-            caches = {name.removeprefix("next_"): cache for name, cache in results.items()}
-            chunk = latent[None, :, start : start + DECODE_CHUNK]
-            results = self.engines["vae_decoder"]({"latents": chunk, **caches})
+        for start in range(1, latent.shape[1], CHUNK):
+            chunk = latent[None, :, start : start + CHUNK]
+            results = self.engines["vae_decoder"]({"latents": chunk, **_caches(results)})
             yield _to_frames(results.pop("pixels"))
+
+    def encode(self, frames: Frames) -> Float32:
+        """Frames uint8 [1 + 4k,H,W,3] (for the embedded model) -> normalised latent [C,T',H',W'], a few at a time.
+
+        Raises UserError as `geometry.plan` for a size that the model does not have.
+        """
+        plan(self.spec, frames.shape[2], frames.shape[1], len(frames))
+        step = self.spec.vae.temporal_factor * CHUNK
+        results = self.engines["vae_encoder_first"]({"pixels": _to_pixels(frames[:1])})
+        latents = [results.pop("latents")]
+        for start in range(1, len(frames), step):
+            chunk = _to_pixels(frames[start : start + step])
+            results = self.engines["vae_encoder"]({"pixels": chunk, **_caches(results)})
+            latents.append(results.pop("latents"))
+        return np.concatenate(latents, axis=2)[0]
 
     def _condition(self, settings: Settings) -> tuple[Float32, Float32]:
         """Every block's text keys and values [blocks,B,heads,L,D]: the prompt, then the negative prompt if guided."""
@@ -255,6 +277,16 @@ def _zeros(shape: tuple[int, ...]) -> Float32:
     array = kernels.empty(shape, np.float32)
     array.fill(0)
     return array
+
+
+def _caches(results: dict[str, NDArray[Any]]) -> dict[str, NDArray[Any]]:
+    """The caches that one chunk left, as the next chunk's inputs."""
+    return {name.removeprefix("next_"): cache for name, cache in results.items()}
+
+
+def _to_pixels(frames: Frames) -> Float32:
+    """uint8 [T,H,W,3] -> float [1,3,T,H,W] in [-1,1]."""
+    return np.ascontiguousarray(frames.transpose(3, 0, 1, 2)[None].astype(np.float32) / np.float32(127.5) - 1)
 
 
 def _to_frames(pixels: Float32) -> Frames:

@@ -29,11 +29,13 @@ class Settings:
     sampler: str
     shift: float
     seed: int
+    strength: float
 
     def __post_init__(self) -> None:
         for field in dataclasses.fields(self):
             object.__setattr__(self, field.name, _PARSERS[str(field.type)](field.name, getattr(self, field.name)))
         require(0 <= self.seed < 2**64, f"seed must be from 0 to 2^64 - 1, is {self.seed}")
+        require(0 <= self.strength <= 1, f"strength must be from 0 to 1, is {self.strength}")
         require(0 <= self.guidance <= 100, f"guidance must be from 0 to 100, is {self.guidance}")
 
     @property
@@ -75,6 +77,7 @@ class Request:
     sampler: str | None = None  # a name in `schedule.SAMPLERS`
     shift: float | None = None  # above 0; more spends more steps at high noise
     seed: int = 0  # 0 to 2^64 - 1
+    strength: float = 1.0  # 0 to 1: of the noise that a canvas's unknown tokens start from; 1 hides what they hold
 
     def complete(self, spec: ModelSpec) -> Settings:
         """Fills in the model's defaults.

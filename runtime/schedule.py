@@ -37,7 +37,8 @@ class Schedule:
     """A whole sampling run as linear maps; every array is read-only float64.
 
     The state is S buffers shaped like the sample. Buffer 0 is the sample x that the model sees next: it starts as noise
-    (sigma near 1) and ends clean. The others are the sampler's history and start as zeros. Step i is
+    (sigma near 1) and ends clean, or the other way round. The others are the sampler's history and start as zeros.
+    Step i is
 
         v = guided velocity at buffer 0 and timesteps[i];    state = matrices[i] @ [state[0], ..., state[S-1], v]
 
@@ -45,7 +46,7 @@ class Schedule:
     leaves its buffer as it is, so no kernel needs to write it.
     """
 
-    sigmas: Array  # [steps + 1], strictly decreasing to 0
+    sigmas: Array  # [steps + 1], the sample's noise level before each step and at the end
     timesteps: Array  # [steps], what the model is told
     matrices: Array  # [steps, S, S + 1]
 
@@ -63,12 +64,14 @@ class Schedule:
         return int(self.matrices.shape[1])
 
 
-def make_schedule(sampler: str, steps: int, shift: float) -> Schedule:
+def make_schedule(sampler: str, steps: int, shift: float, strength: float = 1.0) -> Schedule:
     """Returns the schedule of `sampler`, a name in `SAMPLERS`, for `steps` model evaluations.
 
-    `shift` moves noise levels towards 1 (Esser et al. 2024, arXiv:2403.03206, eq. 23); 1 spaces them evenly.
-    Raises UserError for an unknown sampler, steps outside 1..1000, or a shift that is not a finite positive number or
-    so large or small that neighbouring noise levels coincide.
+    `shift` moves noise levels towards 1 (Esser et al. 2024, arXiv:2403.03206, eq. 23); 1 spaces them evenly. Below
+    `strength` 1 only the last round(steps * strength) evaluations are left, as SDEdit has it (Meng et al. 2022,
+    arXiv:2108.01073): the sample starts at `sigmas[0]`, which is 0 when none is left.
+    Raises UserError for an unknown sampler, steps outside 1..1000, a strength outside 0..1, or a shift that is not a
+    finite positive number or so large or small that neighbouring noise levels coincide.
     """
     if sampler not in SAMPLERS:
         raise UserError(f"unknown sampler {sampler!r}; choose one of {', '.join(SAMPLERS)}")
@@ -76,18 +79,36 @@ def make_schedule(sampler: str, steps: int, shift: float) -> Schedule:
         raise UserError(f"steps must be a whole number from 1 to {LEVELS}, is {steps!r}")
     if not 0 < shift < float("inf"):
         raise UserError(f"shift must be a finite number above 0, is {shift!r}")
-    return SAMPLERS[sampler](steps, float(shift))
+    if not 0 <= strength <= 1:
+        raise UserError(f"strength must be from 0 to 1, is {strength!r}")
+    return SAMPLERS[sampler](steps, float(shift), steps - round(steps * strength))
 
 
-def _euler(steps: int, shift: float) -> Schedule:
+def _euler(steps: int, shift: float, skipped: int) -> Schedule:
     """One buffer: x + (sigma' - sigma) v."""
     highest, lowest = _shifted(np.array([1, 1 / LEVELS], np.float32), shift).astype(np.float64) * LEVELS
-    sigmas = _sigmas(_shifted(np.linspace(highest, lowest, steps) / LEVELS, shift), shift)
-    matrices = np.stack([np.ones(steps), np.diff(sigmas)], axis=-1)[:, None]  # [steps, 1, 2]
+    sigmas = _sigmas(_shifted(np.linspace(highest, lowest, steps) / LEVELS, shift), shift)[skipped:]
+    matrices = np.stack([np.ones(steps - skipped), np.diff(sigmas)], axis=-1)[:, None]  # [steps, 1, 2]
     return Schedule(sigmas, (sigmas[:-1].astype(np.float32) * LEVELS).astype(np.float64), matrices)
 
 
-def _unipc(steps: int, shift: float) -> Schedule:
+def make_inversion(steps: int, shift: float, passes: int = 3) -> Schedule:
+    """The way back: from a clean sample to the noise that `euler` with the same steps and shift makes it of.
+
+    Euler's step x' = x + (sigma' - sigma) v(x, sigma) is undone by solving for x, as the fixed point of
+    x = x' - (sigma' - sigma) v(x, sigma): `passes` evaluations a step, from x = x' on. Two buffers: x, and x'.
+    Raises UserError as `make_schedule`.
+    """
+    forward = make_schedule("euler", steps, shift)
+    rise = -np.diff(forward.sigmas)[::-1]
+    first = np.stack([[[1, 0, h], [1, 0, 0]] for h in rise])  # x = x' + h v, and x' becomes the anchor
+    again = np.stack([[[0, 1, h], [0, 1, 0]] for h in rise])
+    matrices = np.stack([first, *[again] * (passes - 1)], axis=1).reshape(-1, 2, 3)
+    sigmas = np.append(0, np.repeat(forward.sigmas[-2::-1], passes))
+    return Schedule(sigmas, np.repeat(forward.timesteps[::-1], passes), matrices)
+
+
+def _unipc(steps: int, shift: float, skipped: int) -> Schedule:
     """UniPC of order 2, B(h) = e^h - 1, predicting x0, corrector included (Zhao et al. 2023, arXiv:2302.04867).
 
     Four buffers: x, the corrected sample of the step before, the x0-predictions of even steps and those of odd steps.
@@ -97,7 +118,7 @@ def _unipc(steps: int, shift: float) -> Schedule:
     """
     levels = _shifted(np.linspace(1, 1 / LEVELS, steps + 1)[:-1], shift)
     levels[0] = 1 - 1e-6  # at 1 the log-SNR is infinite
-    sigmas = _sigmas(levels, shift)
+    sigmas, levels, steps = _sigmas(levels, shift)[skipped:], levels[skipped:], steps - skipped
     with np.errstate(divide="ignore"):  # the last log-SNR is +inf: the step to it returns x0
         h = np.diff(np.log(1 - sigmas) - np.log(sigmas))
     keep, gain = sigmas[1:] / sigmas[:-1], (sigmas[1:] - 1) * np.expm1(-h)  # exact where x0 is constant over the step
@@ -153,7 +174,7 @@ def _sigmas(levels: Array, shift: float) -> Array:
     return sigmas
 
 
-SAMPLERS: Mapping[str, Callable[[int, float], Schedule]] = MappingProxyType({"euler": _euler, "unipc": _unipc})
+SAMPLERS: Mapping[str, Callable[[int, float, int], Schedule]] = MappingProxyType({"euler": _euler, "unipc": _unipc})
 
 
 def time_features(timesteps: NDArray[Any], features: int) -> NDArray[np.float32]:

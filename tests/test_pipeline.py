@@ -249,7 +249,7 @@ def test_chunked_decoding_equals_decoding_at_once(pipeline: Pipeline, monkeypatc
     latent = np.random.default_rng(0).standard_normal((8, 12, 6, 8), np.float32)
     results = []
     for chunk in (1, 4, 99):
-        monkeypatch.setattr("tubelet.runtime.pipeline.DECODE_CHUNK", chunk)
+        monkeypatch.setattr("tubelet.runtime.pipeline.CHUNK", chunk)
         results.append(np.concatenate(list(pipeline.decode_latent(latent))).astype(int))
     assert results[0].shape == (45, 48, 64, 3)
     for other in results[1:]:

@@ -14,7 +14,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from tubelet.runtime.errors import UserError
-from tubelet.runtime.schedule import SAMPLERS, Schedule, make_schedule
+from tubelet.runtime.schedule import SAMPLERS, Schedule, make_inversion, make_schedule
 
 Model = Callable[[np.ndarray, float], np.ndarray]
 
@@ -144,6 +144,38 @@ def test_unipc_leaves_the_newer_prediction_in_place_and_keeps_no_history_at_the_
         untouched = {3 - step % 2} if step < steps - 1 else {1, 2, 3}
         rows = {row for row in range(schedule.buffers) if (matrix[row] == identity[row]).all()}
         assert rows == untouched
+
+
+@samplers
+@given(steps=st.integers(1, 60), shift=st.floats(0.1, 20), strength=st.floats(0, 1))
+@settings(deadline=None)
+def test_below_strength_1_the_last_levels_are_left(sampler: str, steps: int, shift: float, strength: float) -> None:
+    whole, part = make_schedule(sampler, steps, shift), make_schedule(sampler, steps, shift, strength)
+    left = round(steps * strength)
+
+    assert part.steps == left
+    np.testing.assert_array_equal(part.sigmas, whole.sigmas[steps - left :])
+    np.testing.assert_array_equal(part.timesteps, whole.timesteps[steps - left :])
+    rng = np.random.default_rng(0)
+    clean, noise = rng.normal(size=(2, 8))
+    points = [(1 - sigma) * clean + sigma * noise for sigma in part.sigmas]
+    np.testing.assert_allclose(sample(part, lambda x, t: noise - clean, points[0]), points, rtol=0, atol=1e-11)
+
+
+@given(steps=st.integers(12, 60), shift=st.floats(1, 6))
+@settings(deadline=None)
+def test_inversion_finds_the_noise_that_euler_makes_the_sample_of(steps: int, shift: float) -> None:
+    noise = np.random.default_rng(0).normal(size=16)
+    clean = sample(make_schedule("euler", steps, shift), mlp, noise)[-1]
+
+    def error(passes: int) -> float:
+        way_back = make_inversion(steps, shift, passes)
+        assert way_back.steps == passes * steps and way_back.sigmas[0] == 0
+        found = sample(way_back, mlp, clean)[-1]
+        again = sample(make_schedule("euler", steps, shift), mlp, found)[-1]
+        return float(np.abs(again - clean).max())
+
+    assert error(3) < 0.3 * error(1) and error(12) < 1e-3
 
 
 @samplers
