@@ -13,8 +13,9 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from tubelet.runtime.spec import DenoiserSpec, ModelSpec
+from tubelet.runtime.spec import CaptionerSpec, DenoiserSpec, ModelSpec
 
+from .captioner import Captioner, CaptionerMemory
 from .dit import Conditioner, Denoiser
 from .text_encoder import TextEncoder
 from .vae import Vae
@@ -55,12 +56,14 @@ class Component:
 
 def build_modules(spec: ModelSpec) -> dict[str, nn.Module]:
     """Every module that holds parameters, by its prefix in the checkpoint."""
-    modules = {
+    modules: dict[str, nn.Module] = {
         "text_encoder": TextEncoder(spec.text_encoder),
         "conditioner": Conditioner(spec.denoiser),
         "denoiser": Denoiser(spec.denoiser),
         "vae": Vae(spec.vae),
     }
+    if spec.captioner is not None:
+        modules |= {"captioner_memory": CaptionerMemory(spec.captioner), "captioner": Captioner(spec.captioner)}
     return {name: module.eval() for name, module in modules.items()}
 
 
@@ -104,6 +107,7 @@ def components(spec: ModelSpec, modules: Mapping[str, nn.Module]) -> list[Compon
         ),
         *_vae_half("vae_decoder", VaeStep(vae, "decode"), ("latents", latents), ("pixels", pixels)),
         *_vae_half("vae_encoder", VaeStep(vae, "encode"), ("pixels", pixels), ("latents", latents)),
+        *(_captioner(spec.captioner, modules) if spec.captioner is not None else ()),
     ]
 
 
@@ -118,6 +122,35 @@ def _denoiser_inputs(spec: DenoiserSpec, cross: Port) -> dict[str, Port]:
         "cross_v": cross,
     }
     return inputs | {"known": Port(("B", "N"), below=2)} if spec.two_levels else inputs
+
+
+def _captioner(spec: CaptionerSpec, modules: Mapping[str, nn.Module]) -> list[Component]:
+    """A clip as keys and values, once; then one word of every beam at a time, with a cache of the words before."""
+    cross = Port((spec.decoder_depth, "B", spec.heads, "N", spec.head_size))
+    cache = Port((spec.decoder_depth, "B", spec.heads, spec.length, spec.head_size))
+    clips = tuple({"B": b, "N": n} for b, n in ((1, 36), (4, 9), (2, 325)))
+    word = {
+        "ids": Port(("B", 1), torch.int64, spec.vocabulary),
+        "position": Port((1,), torch.int64, spec.length),
+    }
+    return [
+        Component(
+            "captioner_memory",
+            "captioner_memory.",
+            modules["captioner_memory"],
+            {"tokens": Port(("B", "N", spec.token_inputs))},
+            {"cross_k": cross, "cross_v": cross},
+            clips,
+        ),
+        Component(
+            "captioner",
+            "captioner.",
+            modules["captioner"],
+            word | {"cross_k": cross, "cross_v": cross, "past_k": cache, "past_v": cache},
+            {"logits": Port(("B", spec.vocabulary)), "next_k": cache, "next_v": cache},
+            clips,
+        ),
+    ]
 
 
 class VaeStep(nn.Module):

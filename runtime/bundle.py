@@ -22,7 +22,7 @@ from .errors import UserError
 from .spec import ModelSpec
 from .strict import read
 
-SCHEMA = 1
+SCHEMA = 2
 MANIFEST = "bundle.json"
 WEIGHTS = "weights.safetensors"
 TOKENIZER = "tokenizer.json"
@@ -32,6 +32,7 @@ EMBEDDED = Path(__file__).parent / "demo"
 Shape = tuple[int | str, ...]
 TO_GENERATE = ("text_encoder", "conditioner", "denoiser", "vae_decoder_first", "vae_decoder")
 COMPONENTS = (*TO_GENERATE, "vae_encoder_first", "vae_encoder")
+TO_CAPTION = ("captioner_memory", "captioner")  # beside COMPONENTS where the spec has a captioner
 
 
 @dataclass(frozen=True)
@@ -76,7 +77,8 @@ class Manifest:
 
     def check(self) -> None:
         """Raises UserError when the parts do not fit each other."""
-        if missing := sorted(set(COMPONENTS) - set(self.components)):
+        required = COMPONENTS + (TO_CAPTION if self.spec.captioner else ())
+        if missing := sorted(set(required) - set(self.components)):
             raise UserError(f"it lacks the components {', '.join(missing)}")
         used = {WEIGHTS, TOKENIZER, *(component.graph for component in self.components.values())}
         if unlisted := sorted(used - set(self.files)):

@@ -118,6 +118,44 @@ class VaeSpec:
 
 
 @dataclass(frozen=True)
+class CaptionerSpec:
+    """Latents to words: an encoder of spacetime tokens with coordinate columns, and a causal decoder that reads it."""
+
+    token_values: int  # latent values in one token, packed as the denoiser's
+    vocabulary: int  # the text encoder's, whose tokenizer it shares
+    width: int
+    encoder_depth: int
+    decoder_depth: int
+    heads: int
+    ffn_width: int
+    length: int  # most words of a caption, its end among them
+    start: int  # id that stands before the first word
+    end: int  # id that ends a caption
+
+    def __post_init__(self) -> None:
+        require_positive(self, "captioner", but=("start", "end"))
+        require(
+            self.width % self.heads == 0,
+            f"captioner.width {self.width} must be a multiple of captioner.heads {self.heads}",
+        )
+        for name in ("start", "end"):
+            value = getattr(self, name)
+            require(
+                0 <= value < self.vocabulary,
+                f"captioner.{name} must be from 0 to {self.vocabulary - 1}, below captioner.vocabulary, is {value}",
+            )
+
+    @property
+    def head_size(self) -> int:
+        return self.width // self.heads
+
+    @property
+    def token_inputs(self) -> int:
+        """Latent values and coordinate columns in one token."""
+        return self.token_values + COORDINATE_COLUMNS
+
+
+@dataclass(frozen=True)
 class Defaults:
     """What a request means where it is silent."""
 
@@ -133,7 +171,7 @@ class Defaults:
 
 @dataclass(frozen=True)
 class ModelSpec:
-    """A whole text-to-video model."""
+    """A whole text-to-video model, and the captioner of the same latents and words where it has one."""
 
     name: str
     fps: int
@@ -141,6 +179,7 @@ class ModelSpec:
     text_encoder: TextEncoderSpec
     denoiser: DenoiserSpec
     vae: VaeSpec
+    captioner: CaptionerSpec | None
     defaults: Defaults
 
     def __post_init__(self) -> None:
@@ -154,6 +193,17 @@ class ModelSpec:
             self.denoiser.text_width == self.text_encoder.width,
             f"denoiser.text_width {self.denoiser.text_width} differs from text_encoder.width {self.text_encoder.width}",
         )
+        if self.captioner is not None:
+            require(
+                self.captioner.token_values == self.denoiser.token_values,
+                f"captioner.token_values {self.captioner.token_values} differs from "
+                f"the denoiser's {self.denoiser.token_values}",
+            )
+            require(
+                self.captioner.vocabulary == self.text_encoder.vocabulary,
+                f"captioner.vocabulary {self.captioner.vocabulary} differs from "
+                f"text_encoder.vocabulary {self.text_encoder.vocabulary}",
+            )
 
     def to_json(self) -> dict[str, Any]:
         return dataclasses.asdict(self)

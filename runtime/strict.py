@@ -50,6 +50,8 @@ def _read(kind: Any, value: Any, where: str) -> Any:
     if kind is float and type(value) is int:
         value = float(value)
     kinds = arguments if origin is UnionType else (kind,)
+    if value is not None and dataclasses.is_dataclass(kinds[0]):  # a part that may be absent
+        return _read_dataclass(kinds[0], value, where)
     require(type(value) in kinds, f"{where} must be {' or '.join(k.__name__ for k in kinds)}, is {value!r}")
     return value
 

@@ -1,6 +1,7 @@
-"""Prompts to padded token ids.
+"""Prompts to padded token ids, and ids to text.
 
-Flows in: strings and the bundle's tokenizer. Flows out: ids and mask, int64 [B,L]. Knows nothing of embeddings.
+Flows in: strings and the bundle's tokenizer. Flows out: ids and mask, int64 [B,L]; or ids in, a string out. Knows
+nothing of embeddings.
 """
 
 from __future__ import annotations
@@ -47,3 +48,7 @@ class PromptTokenizer:
             ids[row, : len(tokens)] = tokens
             mask[row, : len(tokens)] = 1
         return ids, mask
+
+    def text(self, ids: list[int]) -> str:
+        """The words of these ids."""
+        return self._tokenizer.decode(ids)

@@ -21,9 +21,9 @@ from tubelet.export.checkpoint import Checkpoint, read_header
 from tubelet.export.components import build_modules, components
 from tubelet.export.trace import trace
 from tubelet.runtime import EMBEDDED, Bundle, UserError
-from tubelet.runtime.bundle import COMPONENTS
+from tubelet.runtime.bundle import COMPONENTS, TO_CAPTION
 
-GRAPHS = [EMBEDDED / f"{name}.onnx" for name in COMPONENTS]
+GRAPHS = [EMBEDDED / f"{name}.onnx" for name in COMPONENTS + TO_CAPTION]
 
 
 def test_the_embedded_bundle_comes_out_again(checkpoint: Path, tmp_path: Path) -> None:
@@ -57,12 +57,20 @@ def test_graphs_hold_no_weights_and_no_paths(path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("name", "attention", "norms"), [("denoiser", 12, 37), ("text_encoder", 2, 5), ("conditioner", 0, 6)]
+    ("name", "attention", "norms"),
+    [
+        ("denoiser", 12, 37),
+        ("text_encoder", 2, 5),
+        ("conditioner", 0, 6),
+        ("captioner_memory", 2, 5),
+        ("captioner", 4, 7),
+    ],
 )
 def test_attention_and_norms_are_native(name: str, attention: int, norms: int) -> None:
     """12 = self and cross in 6 blocks; 37 = 3 norms and 3 query or key norms in 6 blocks, and the last one.
 
-    The conditioner normalises each block's text keys. The VAE's norms are over channels: see docs/decisions.md.
+    The conditioner normalises each block's text keys. The captioner has two blocks in each half, with two norms and
+    with three, and a last one. The VAE's norms are over channels: see docs/decisions.md.
     """
     kinds = [node.op_type for node in onnx.load(EMBEDDED / f"{name}.onnx", load_external_data=False).graph.node]
     assert kinds.count("Attention") == attention
@@ -73,6 +81,9 @@ def test_attention_and_norms_are_native(name: str, attention: int, norms: int) -
 def test_varying_extents_are_named() -> None:
     components = Bundle.open(EMBEDDED).manifest.components
     assert components["denoiser"].inputs["tokens"] == ("B", "N", 49)
+    assert components["captioner_memory"].inputs["tokens"] == ("B", "N", 49)
+    assert components["captioner"].inputs["past_k"] == (2, "B", 4, 16, 32)
+    assert components["captioner"].outputs["logits"] == ("B", 64)
     assert components["vae_decoder"].inputs["latents"] == ("B", 8, "t", "h", "w")
     assert components["vae_decoder"].outputs["pixels"] == ("B", 3, "4*t", "8*h", "8*w")
 
@@ -89,6 +100,18 @@ def test_a_model_with_one_noise_level_exports_without_known(checkpoint: Path) ->
     graph = trace(denoiser, opened.tensors).graph
 
     assert "known" not in [value.name for value in graph.inputs]
+
+
+def test_a_model_without_a_captioner_exports_without_its_graphs(checkpoint: Path) -> None:
+    data = json.loads((checkpoint / "spec.json").read_text())
+    (checkpoint / "spec.json").write_text(json.dumps(data | {"captioner": None}))
+    opened = Checkpoint.open(checkpoint)
+    with torch.device("meta"):
+        modules = build_modules(opened.spec)
+
+    assert {component.name for component in components(opened.spec, modules)} == set(COMPONENTS)
+    with pytest.raises(UserError, match=r"unknown: captioner\.blocks"):
+        opened.check({f"{part}.{n}": t.shape for part, m in modules.items() for n, t in m.state_dict().items()})
 
 
 def test_tracing_needs_no_memory_for_weights(tmp_path: Path) -> None:

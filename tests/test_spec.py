@@ -36,6 +36,12 @@ def test_spec_survives_json(spec: ModelSpec) -> None:
         (("vae", "latent_channels"), True, "spec.vae.latent_channels must be int, is True"),
         (("denoiser", "heads"), 0, "denoiser.heads must be above 0, is 0"),
         (("denoiser", "patch"), [1, 0, 2], "denoiser.patch must be above 0"),
+        (("captioner",), [], r"spec.captioner must be an object, is \[\]"),
+        (("captioner", "heads"), 3, "captioner.width 128 must be a multiple of captioner.heads 3"),
+        (("captioner", "end"), 64, "captioner.end must be from 0 to 63"),
+        (("captioner", "length"), 0, "captioner.length must be above 0"),
+        (("captioner", "token_values"), 8, "captioner.token_values 8 differs from the denoiser's 32"),
+        (("captioner", "vocabulary"), 65, "captioner.vocabulary 65 differs from text_encoder.vocabulary 64"),
         (("text_encoder", "extra"), 1, r"unknown \['extra'\]"),
     ],
 )

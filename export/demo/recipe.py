@@ -6,11 +6,12 @@ from collections.abc import Sequence
 
 from tokenizers import Tokenizer, models, normalizers, pre_tokenizers, processors
 
-from tubelet.runtime.spec import Defaults, DenoiserSpec, ModelSpec, TextEncoderSpec, VaeSpec
+from tubelet.runtime.spec import CaptionerSpec, Defaults, DenoiserSpec, ModelSpec, TextEncoderSpec, VaeSpec
 
 from .world import vocabulary
 
 LATENT_CHANNELS = 8
+PAD, END = 0, 1  # ids
 
 
 def vae_spec(
@@ -51,6 +52,21 @@ def denoiser_spec() -> DenoiserSpec:
     )
 
 
+def captioner_spec() -> CaptionerSpec:
+    return CaptionerSpec(
+        token_values=denoiser_spec().token_values,
+        vocabulary=64,
+        width=128,
+        encoder_depth=2,
+        decoder_depth=2,
+        heads=4,
+        ffn_width=512,
+        length=16,
+        start=PAD,
+        end=END,
+    )
+
+
 def model_spec(mean: Sequence[float], std: Sequence[float]) -> ModelSpec:
     return ModelSpec(
         name="tubelet-demo",
@@ -59,6 +75,7 @@ def model_spec(mean: Sequence[float], std: Sequence[float]) -> ModelSpec:
         text_encoder=text_encoder_spec(),
         denoiser=denoiser_spec(),
         vae=vae_spec(mean, std),
+        captioner=captioner_spec(),
         defaults=Defaults(
             width=64, height=64, frames=33, steps=20, guidance=2.0, sampler="unipc", shift=5.0, negative_prompt=""
         ),
@@ -67,10 +84,10 @@ def model_spec(mean: Sequence[float], std: Sequence[float]) -> ModelSpec:
 
 def tokenizer() -> Tokenizer:
     """Word-level over the world's words: lower case, punctuation apart, an end token; unknown words share one id."""
-    words = {"<pad>": 0, "<end>": 1, "<unknown>": 2}
+    words = {"<pad>": PAD, "<end>": END, "<unknown>": 2}
     words |= {word: i for i, word in enumerate(vocabulary(), start=len(words))}
     result = Tokenizer(models.WordLevel(words, unk_token="<unknown>"))
     result.normalizer = normalizers.Sequence([normalizers.NFKC(), normalizers.Lowercase()])
     result.pre_tokenizer = pre_tokenizers.Whitespace()
-    result.post_processor = processors.TemplateProcessing(single="$A <end>", special_tokens=[("<end>", 1)])
+    result.post_processor = processors.TemplateProcessing(single="$A <end>", special_tokens=[("<end>", END)])
     return result
