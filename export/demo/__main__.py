@@ -1,8 +1,8 @@
 """Makes the embedded model: `python -m tubelet.export.demo FOLDER`.
 
-Stages, each skipped when its result is in FOLDER: the VAE, the pool of latents, the denoiser, the decoder once more,
-the checkpoint. An interrupted training goes on from its last save; a changed recipe needs a new FOLDER. Then
-`tubelet export FOLDER/checkpoint -o BUNDLE` makes the bundle.
+Stages, each skipped when its result is in FOLDER: the VAE, sharpened, the pool of latents, the denoiser, the
+captioner, the decoder once more, the checkpoint. An interrupted training goes on from its last save; a changed recipe
+needs a new FOLDER. Then `tubelet export FOLDER/checkpoint -o BUNDLE` makes the bundle.
 """
 
 from __future__ import annotations
@@ -18,32 +18,36 @@ from tubelet.runtime.bundle import TOKENIZER, WEIGHTS
 from tubelet.runtime.spec import ModelSpec
 
 from ..checkpoint import SPEC
-from . import train_denoiser, train_vae
+from . import train_captioner, train_denoiser, train_vae
 from .recipe import model_spec, tokenizer, vae_spec
 
 
 def make(folder: Path) -> None:
     """Runs the stages that are left."""
     folder.mkdir(parents=True, exist_ok=True)
-    if not (folder / "vae.pt").exists():
+    if not (folder / "vae_sampled.pt").exists():
         train_vae.train(vae_spec(), folder)
+    if not (folder / "vae.pt").exists():
+        train_vae.sharpen(vae_spec(), folder)
     vae = torch.load(folder / "vae.pt", weights_only=True)
     spec = model_spec(vae["latent_mean"].flatten().tolist(), vae["latent_std"].flatten().tolist())
     if not (folder / "latents.pt").exists():
         train_denoiser.encode_pool(spec, folder)
     if not (folder / "denoiser.pt").exists():
         train_denoiser.train(spec, folder)
+    if not (folder / "captioner.pt").exists():
+        train_captioner.train(spec, folder)
     if not (folder / "vae_refined.pt").exists():
         train_vae.refine_decoder(spec.vae, folder)
     write_checkpoint(spec, folder)
 
 
 def write_checkpoint(spec: ModelSpec, folder: Path) -> None:
-    """Joins both trainings' weights, in fp16, to the checkpoint that `tubelet export` reads."""
+    """Joins all trainings' weights, in fp16, to the checkpoint that `tubelet export` reads."""
     weights = torch.load(folder / "denoiser.pt", weights_only=True)
-    weights |= {
-        f"vae.{name}": tensor for name, tensor in torch.load(folder / "vae_refined.pt", weights_only=True).items()
-    }
+    vae = torch.load(folder / "vae_refined.pt", weights_only=True)
+    weights |= torch.load(folder / "captioner.pt", weights_only=True)
+    weights |= {f"vae.{name}": tensor for name, tensor in vae.items()}
     checkpoint = folder / "checkpoint"
     checkpoint.mkdir(exist_ok=True)
     save_file({name: tensor.half().contiguous() for name, tensor in weights.items()}, checkpoint / WEIGHTS)

@@ -77,18 +77,10 @@ def measure(clip: np.ndarray) -> Measured:
 
     Raises ValueError for anything but uint8 [frames, height, width, 3].
     """
-    if clip.dtype != np.uint8 or clip.ndim != 4 or clip.shape[3] != 3 or not len(clip):
-        raise ValueError(f"clip is {clip.dtype} {clip.shape}: pass uint8 [frames, height, width, 3]")
-    pixels = clip.astype(np.float32)
-    border = np.concatenate([pixels[:, 0], pixels[:, -1], pixels[:, :, 0], pixels[:, :, -1]], axis=1)  # [T,2H+2W,3]
-    background = np.median(border, axis=(0, 1))
+    background, cores, found = _objects(clip)
     background_name = _nearest(background, BACKGROUNDS, BACKGROUND_DISTANCE)
-    difference = pixels - background
-    cores = _cores(difference)
     if not cores:
         return Measured(None, None, background_name, None, whole=False, clean=False)
-    contrast = np.median(np.concatenate(cores), axis=0)  # object minus background
-    found = [_find(frame, contrast) for frame in difference]
     objects = [frame for frame in found if frame is not None]
     complete = len(objects) == len(clip)
     return Measured(
@@ -99,6 +91,27 @@ def measure(clip: np.ndarray) -> Measured:
         whole=complete and _is_whole(objects),
         clean=complete and max(frame.ghosts for frame in objects) <= GHOST_SHARE,
     )
+
+
+def track(clip: np.ndarray) -> np.ndarray:
+    """The object's centre (x, y) in pixels in each frame [T,2]; nan where there is none. Raises as `measure`."""
+    size = np.array([clip.shape[2], clip.shape[1]])
+    return np.array([np.full(2, np.nan) if frame is None else frame.centre * size for frame in _objects(clip)[2]])
+
+
+def _objects(clip: np.ndarray) -> tuple[np.ndarray, list[np.ndarray], list[_Object | None]]:
+    """The background's colour, what `_cores` finds, and the object of each frame, if it has one."""
+    if clip.dtype != np.uint8 or clip.ndim != 4 or clip.shape[3] != 3 or not len(clip):
+        raise ValueError(f"clip is {clip.dtype} {clip.shape}: pass uint8 [frames, height, width, 3]")
+    pixels = clip.astype(np.float32)
+    border = np.concatenate([pixels[:, 0], pixels[:, -1], pixels[:, :, 0], pixels[:, :, -1]], axis=1)  # [T,2H+2W,3]
+    background = np.median(border, axis=(0, 1))
+    difference = pixels - background
+    cores = _cores(difference)
+    if not cores:
+        return background, cores, [None] * len(clip)
+    contrast = np.median(np.concatenate(cores), axis=0)  # object minus background
+    return background, cores, [_find(frame, contrast) for frame in difference]
 
 
 def score(clip: np.ndarray, scene: Scene) -> dict[str, bool]:

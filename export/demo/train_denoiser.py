@@ -4,8 +4,8 @@ Flows in: `vae.pt`. Flows out: `latents.pt` (a pool of encoded clips) and `denoi
 training). Every step draws a size, a duration, noise levels and known tokens from a seed of its own, so a resumed
 training sees what a whole one would have; the compiled denoiser may round differently after a restart.
 
-Known tokens (clean, at noise level 0) are what later tasks are made of: first frames, last frames, both ends, or a
-rectangle in space and time.
+Known tokens (clean, at noise level 0) are what later tasks are made of: first frames, last frames, both ends, all but
+a box in space and time, or single frames anywhere.
 """
 
 from __future__ import annotations
@@ -52,16 +52,27 @@ WIDE = (
     *((w, h, 49, 30) for w, h in ((64, 64), (80, 64), (64, 80), (96, 64), (64, 96), (96, 96))),
     *((w, h, 65, 30) for w, h in ((48, 48), (64, 64))),
 )
+# Clips that end where there is no room left, from step FIRST on and always with known first frames: long videos are
+# made of such. Without these an object that reaches the border appears somewhere else in the next window.
+STOPPING = (
+    *((64, 64, f, n) for f, n in ((17, 60), (33, 180))),
+    *((w, h, 33, 50) for w, h in ((48, 48), (64, 48), (48, 64), (80, 64), (64, 80), (96, 64), (64, 96))),
+)
+CLIPS = POOL + WIDE + STOPPING
 WIDE_FROM = 5500
-WIDE_SHARE = 0.4
+SHARES = ((1.0, 0.0, 0.0), (0.6, 0.4, 0.0), (0.5, 0.35, 0.15))  # of the three: at first, from WIDE_FROM, from FIRST on
 # latent frames of a batch, by latent frames of the pool's clips; 11 (41 frames) is never trained
 CUTS = {5: (5, 5, 3), 9: (9, 9, 7, 5), 13: (13, 9, 7), 17: (17, 15, 13)}
-IMAGE_SHARE = 0.06
-STEPS = 10000
+IMAGE_SHARES = (0.06, 0.12)  # in the first and in the second descent
+FIRST, SECOND = 10000, 2200  # steps of two descents of the learning rate
+STEPS = FIRST + SECOND
 TOKENS_PER_BATCH = 2048
 LEARNING_RATE = 2.5e-3
 CAPTION_DROP = 0.1
-KNOWN_SHARE = 0.3
+# how often a clip of the first and of the second descent has which pattern of known tokens
+PATTERNS = ("none", "first", "last", "both", "box", "keyframes")
+ALWAYS_FIRST = (0.0, 1.0, 0.0, 0.0, 0.0, 0.0)
+PATTERN_ODDS = ((0.7, 0.12, 0.045, 0.06, 0.075, 0.0), (0.6, 0.12, 0.06, 0.06, 0.08, 0.08))
 
 
 def encode_pool(spec: ModelSpec, folder: Path) -> None:
@@ -70,13 +81,14 @@ def encode_pool(spec: ModelSpec, folder: Path) -> None:
     scenes_order = np.random.default_rng(31).permutation(len(TRAINED))
     drawn, pool = 0, []
     with torch.no_grad():
-        for number, (width, height, frames, count) in enumerate(POOL + WIDE):
+        for number, (width, height, frames, count) in enumerate(CLIPS):
             rng = np.random.default_rng((37, number))
             scenes, latents = [], []
             for _ in range(count):
                 scenes.append(int(scenes_order[drawn % len(TRAINED)]))
                 drawn += 1
-                clip = render(TRAINED[scenes[-1]], width, height, frames, rng)
+                stops = number >= len(POOL + WIDE)
+                clip = render(TRAINED[scenes[-1]], width, height, frames, rng, stops)
                 pixels = to_pixels(clip[None]).contiguous(memory_format=torch.channels_last_3d)
                 mean = whole(vae.encoder, pixels).chunk(2, dim=1)[0]
                 latents.append(mean.half())
@@ -130,14 +142,18 @@ def pack(latents: Tensor, patch: tuple[int, int, int]) -> Tensor:
     return x.permute(0, 2, 4, 6, 1, 3, 5, 7).reshape(b, -1, c * pt * ph * pw)
 
 
-def draw_known(grid: tuple[int, int, int], rng: np.random.Generator) -> np.ndarray:
-    """A random pattern of known tokens [T,H,W]: an end, both ends, or all but a box."""
+def rate(step: int) -> float:
+    """Share of the peak learning rate: down to zero twice, the second time from half of it."""
+    if step < FIRST:
+        return trapezoid(step, FIRST, flat=0.5)
+    return 0.5 * trapezoid(step - FIRST, SECOND, flat=0.2)
+
+
+def draw_known(grid: tuple[int, int, int], rng: np.random.Generator, odds: tuple[float, ...]) -> np.ndarray:
+    """A random pattern of known tokens [T,H,W], of PATTERNS with these odds."""
     t = grid[0]
     known = np.zeros(grid, np.float32)
-    kind = rng.choice(
-        ["none", "first", "last", "both", "box"],
-        p=[1 - KNOWN_SHARE, *(KNOWN_SHARE * x for x in (0.4, 0.15, 0.2, 0.25))],
-    )
+    kind = rng.choice(PATTERNS, p=odds)
     if kind in ("first", "both"):
         known[: 1 if rng.random() < 0.5 else rng.integers(1, max(2, t // 2 + 1))] = 1
     if kind in ("last", "both"):
@@ -147,6 +163,8 @@ def draw_known(grid: tuple[int, int, int], rng: np.random.Generator) -> np.ndarr
         high = [rng.integers(a + 1, n + 1) for a, n in zip(low, grid, strict=True)]
         known[:] = 1
         known[tuple(slice(a, b) for a, b in zip(low, high, strict=True))] = 0
+    if kind == "keyframes":
+        known[rng.integers(t, size=rng.integers(1, 4))] = 1
     return known if not known.all() else np.zeros_like(known)
 
 
@@ -160,16 +178,17 @@ class Batches:
         vae = spec.vae
         self.mean = torch.tensor(vae.latent_mean)[None, :, None, None, None]
         self.std = torch.tensor(vae.latent_std)[None, :, None, None, None]
-        counts = np.array([count for *_, count in POOL + WIDE], np.float64)
-        narrow = np.arange(len(counts)) < len(POOL)
-        self.narrow_odds = narrow * counts / counts[narrow].sum()
-        wide_odds = ~narrow * counts / counts[~narrow].sum()
-        self.odds = (1 - WIDE_SHARE) * self.narrow_odds + WIDE_SHARE * wide_odds
+        counts = [np.array([count for *_, count in clips], np.float64) for clips in (POOL, WIDE, STOPPING)]
+        self.odds = [
+            np.concatenate([share * n / n.sum() for share, n in zip(shares, counts, strict=True)]) for shares in SHARES
+        ]
 
     def __call__(self, step: int) -> Batch:
         rng = np.random.default_rng((41, step))
-        entry = self.pool[rng.choice(len(self.pool), p=self.odds if step >= WIDE_FROM else self.narrow_odds)]
-        image = rng.random() < IMAGE_SHARE
+        second = step >= FIRST
+        number = rng.choice(len(self.pool), p=self.odds[(step >= WIDE_FROM) + second])
+        entry, stops = self.pool[number], number >= len(POOL + WIDE)
+        image = rng.random() < IMAGE_SHARES[second] and not stops
         frames = 1 if image else int(rng.choice(CUTS[entry["latents"].shape[2]]))
         height, width = entry["latents"].shape[3:]
         _, ph, pw = self.spec.denoiser.patch
@@ -178,7 +197,8 @@ class Batches:
         chosen = rng.integers(len(entry["scenes"]), size=count)
         scenes: Iterator[Scene] = (TRAINED[entry["scenes"][i]] for i in chosen)
         captions = ["" if rng.random() < CAPTION_DROP else caption(scene, rng, image) for scene in scenes]
-        known = np.stack([draw_known(grid, rng).ravel() for _ in range(count)])
+        odds = ALWAYS_FIRST if stops else PATTERN_ODDS[second]
+        known = np.stack([draw_known(grid, rng, odds).ravel() for _ in range(count)])
         return self.make(entry["latents"][chosen, :, :frames], captions, known)
 
     def make(self, latents: Tensor, captions: list[str], known: np.ndarray | None = None) -> Batch:
@@ -236,7 +256,7 @@ def train(spec: ModelSpec, folder: Path) -> None:
             model.zero_grad()
             loss.backward()
             nn.utils.clip_grad_norm_(model.parameters(), 1.0)
-            optimizers.step(trapezoid(step, STEPS, flat=0.5))
+            optimizers.step(rate(step))
             average.update_parameters(model)
             checkpoint.log(loss=loss.item(), tokens=batch.clean.shape[0] * batch.clean.shape[1])
     save(average.module.state_dict(), folder / "denoiser.pt")
