@@ -5,6 +5,7 @@ pytest tests/test_cli.py
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import re
 import signal
@@ -16,7 +17,9 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from tubelet.runtime import VideoWriter, comment
 from tubelet.runtime.cli import main
+from tubelet.runtime.recipe import Recipe
 from tubelet.runtime.video import read_frames
 
 PROMPT = "a red circle moves right on a white background"
@@ -100,10 +103,162 @@ def test_an_image(tubelet, tmp_path: Path) -> None:
     assert read_frames(tmp_path / "a.png")[0].shape == (1, 64, 64, 3)
 
 
+@pytest.mark.parametrize("name", ["a.mp4", "a.webp", "a.gif", "a.png"])
+def test_a_file_says_how_it_was_made_and_is_made_again(tubelet, tmp_path: Path, name: str) -> None:
+    sampling = ["--steps", "2", "--seed", "7", "--shift", "3", "--negative-prompt", "a square", "--width", "32"]
+    frames = ["--frames", "1"] if name.endswith("png") else ["--frames", "5", "--fps", "12"]
+    assert tubelet("generate", PROMPT, "-o", name, *sampling, *frames).code == 0
+
+    told = tubelet("inspect", name)
+    assert PROMPT in " ".join(told.out.replace("│", " ").split()) and "command generate" in told.out
+    options = json.loads(tubelet("inspect", name, "--json").out)["options"]
+    assert (options["prompt"], options["seed"], options["shift"], options["width"]) == (PROMPT, 7, 3, 32)
+
+    again = f"b{name[1:]}"
+    assert tubelet("generate", "--like", name, "-o", again).code == 0
+    assert (tmp_path / again).read_bytes() == (tmp_path / name).read_bytes()
+    assert tubelet("generate", "--like", name, "-o", again, "--seed", "8").code == 0
+    assert (tmp_path / again).read_bytes() != (tmp_path / name).read_bytes()
+
+
+def test_pictures_and_storyboards_are_repeated_too(tubelet, tmp_path: Path) -> None:
+    assert tubelet("generate", "a red circle", "-o", "i.png", "--frames", "1", "--steps", "2").code == 0
+    (tmp_path / "board.txt").write_text("0: a red circle\n0.25: a red circle moves right\n")
+    for name, arguments in {
+        "image": [PROMPT, "--image", "i.png", "--keyframe", "8:i.png", "--frames", "9"],
+        "board": ["--storyboard", "board.txt", "--seconds", "0.5", "--width", "32", "--height", "32"],
+    }.items():
+        result = tubelet("generate", *arguments, "--steps", "2", "-o", f"{name}.mp4")
+        assert result.code == 0, result.err
+        assert tubelet("generate", "--like", f"{name}.mp4", "-o", "again.mp4").code == 0
+        assert (tmp_path / "again.mp4").read_bytes() == (tmp_path / f"{name}.mp4").read_bytes()
+    (tmp_path / "i.png").write_bytes((tmp_path / "i.png").read_bytes() + b"x")
+    changed = tubelet("generate", "--like", "image.mp4", "-o", "again.mp4")
+    assert changed.code == 2 and "i.png is not the picture that was used" in changed.err
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"fps": "fast"}, "fps must be float, is 'fast'"),
+        ({"steps": None}, "steps must be"),
+        ({"extra": 1}, "has unknown ['extra']"),
+        ({"keyframes": {"x": ["a", "b"]}}, "is at 'x'"),
+        ({"scenes": [[0]]}, "scenes[0] must have 2 entries"),
+        ({"fit": "magic"}, "fit must be one of crop, letterbox, stretch"),
+    ],
+)
+def test_a_damaged_recipe_is_refused(tubelet, tmp_path: Path, change: dict, message: str) -> None:
+    assert tubelet("generate", PROMPT, "-o", "a.png", "--frames", "1", "--steps", "1").code == 0
+    recipe = Recipe.parse(comment.get(tmp_path / "a.png"))
+    assert recipe is not None
+    damaged = dataclasses.replace(recipe, options={**recipe.options, **change})
+    with VideoWriter(tmp_path / "b.png", 64, 64, 24, damaged.text()) as writer:
+        writer.write(np.zeros((1, 64, 64, 3), np.uint8))
+    result = tubelet("generate", "--like", "b.png", "-o", "c.png")
+    assert result.code == 2 and message in result.err.replace("\n", " ")
+
+
+def test_every_task_makes_a_file_from_files(tubelet, tmp_path: Path) -> None:
+    assert tubelet("generate", PROMPT, "-o", "a.mp4", *SMALL).code == 0
+    mask = np.zeros((1, 48, 48, 3), np.uint8)
+    mask[:, 16:, 16:] = 255
+    with VideoWriter(tmp_path / "mask.png", 48, 48, 24) as writer:
+        writer.write(mask)
+    for arguments, frames in {
+        ("extend", "a.mp4", "--seconds", "0.5"): 9 + 12,
+        ("extend", "a.mp4", "--seconds", "0.5", "--backward", "--context", "1"): 9 + 12,
+        ("loop", "a.mp4", "--seconds", "0.25"): 9 + 7,
+        ("connect", "a.mp4", "a.mp4", PROMPT, "--seconds", "0.5"): 18 + 15,
+        ("edit", "a.mp4", "a blue circle"): 9,
+        ("variation", "a.mp4"): 9,
+        ("inpaint", "a.mp4", "a blue circle", "--mask", "mask.png"): 9,
+        ("blend", "a.mp4", "a.mp4"): 9,
+        ("blend", "a.mp4", "a.mp4", "--by", "latents"): 9,
+    }.items():
+        result = tubelet(*arguments, "--steps", "2", "-o", "b.mp4", "--json")
+        assert result.code == 0, (arguments, result.err)
+        (clip,) = json.loads(result.out)["clips"]
+        assert clip["frames"] == len(read_frames(tmp_path / "b.mp4")[0]) == frames, arguments
+        assert json.loads(tubelet("inspect", "b.mp4", "--json").out)["command"] == arguments[0]
+        assert clip["prompt"] == (arguments[2] if arguments[0] in ("edit", "inpaint") else PROMPT)
+    repeated = tubelet("generate", "--like", "b.mp4")
+    assert repeated.code == 2 and "was made by `tubelet blend`" in repeated.err
+
+
+def test_a_folder_is_captioned_and_captioning_goes_on(tubelet, tmp_path: Path) -> None:
+    (tmp_path / "clips" / "deep").mkdir(parents=True)
+    for name in ("clips/a.mp4", "clips/deep/b.webp", "clips/deep/c.png"):
+        frames = ["--frames", "1"] if name.endswith("png") else SMALL[4:]
+        assert tubelet("generate", PROMPT, "-o", name, "--width", "48", "--height", "48", *frames).code == 0
+    (tmp_path / "clips" / "bad.mp4").write_text("no video")
+    (tmp_path / "clips" / "notes.txt").write_text("not looked at")
+
+    first = tubelet("caption", "clips", "-o", "c.jsonl")
+    assert first.code == 0 and "skipped" in first.err and "bad.mp4" in first.err
+    lines = (tmp_path / "c.jsonl").read_text().splitlines()
+    files = [json.loads(line)["file"] for line in lines]
+    assert {"a.mp4", "deep/c.png"} <= set(files) and all(json.loads(line)["caption"] for line in lines)
+
+    cut = "".join(line + "\n" for line in lines[:-1]) + lines[-1][:20]  # as a killed run leaves it
+    (tmp_path / "c.jsonl").write_text(cut)
+    again = json.loads(tubelet("caption", "clips", "-o", "c.jsonl", "--json").out)
+    assert again["written"] == 1 and again["kept"] == len(lines) - 1
+    assert "bad.mp4" in [skipped["file"] for skipped in again["skipped"]]
+    assert (tmp_path / "c.jsonl").read_text().splitlines() == lines
+
+
+def test_a_clip_of_unknown_origin_is_described_for_its_task(tubelet, tmp_path: Path) -> None:
+    assert tubelet("generate", PROMPT, "-o", "a.mp4", "--width", "48", "--height", "48").code == 0
+    frames, fps = read_frames(tmp_path / "a.mp4")
+    with VideoWriter(tmp_path / "plain.mp4", 48, 48, fps) as writer:
+        writer.write(frames)
+    result = tubelet("variation", "plain.mp4", "--steps", "2", "-o", "b.mp4")
+    assert result.code == 0 and "prompt: a red circle" in result.err
+
+
+def test_a_prompt_is_enhanced_by_rules(tubelet) -> None:
+    result = tubelet("generate", "a blue ball", "--enhance", "-o", "a.mp4", "--json", *SMALL)
+    (clip,) = json.loads(result.out)["clips"]
+    assert clip["prompt"].startswith("a blue circle ") and f"prompt: {clip['prompt']}" in result.err
+    unknown = tubelet("generate", "a dragon", "--enhance")
+    assert unknown.code == 2 and "can show nothing of 'a dragon'" in unknown.err
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
+        (["caption", "absent"], "absent is not a folder"),
+        (["caption", "empty"], "empty holds no video or image"),
+        (["caption", ".", "-o", "list.txt"], "list.txt is not a file of captions"),
+        (["caption", ".", "--beams", "0"], "--beams"),
+        (["caption", ".", "--chat-url", "http://x"], "give both --chat-url and --chat-model"),
+        (["generate", "x", "--enhance", "--chat-url", "ftp://x", "--chat-model", "m"], "ftp://x"),
+        (["generate", "--storyboard", "late.txt", "--enhance"], "--enhance works on PROMPT and --prompts"),
         (["generate"], "give either a PROMPT or --prompts FILE"),
+        (["generate", "x", "--storyboard", "board.txt"], "give either a PROMPT or --prompts FILE"),
+        (["generate", "--storyboard", "list.txt"], "line 1 of list.txt is 'a red circle'; write SECONDS: PROMPT"),
+        (["generate", "--storyboard", "late.txt"], "scenes must start at frame 0"),
+        (["generate", "--like", "absent.mp4"], "absent.mp4"),
+        (["generate", "--like", "plain.png"], "plain.png does not say how it was made"),
+        (["generate", "x", "--image", "absent.png"], "absent.png"),
+        (["generate", "x", "--image", "list.txt"], "cannot read list.txt"),
+        (["generate", "x", "--keyframe", "plain.png"], "--keyframe 'plain.png' must be FRAME:FILE"),
+        (["generate", "x", "--keyframe", "40:plain.png"], "keyframe 40 is outside the frames 0 to 32"),
+        (["generate", "x", "--image", "plain.png", "--keyframe", "0:plain.png"], "frame 0 is given two pictures"),
+        (["generate", "x", "--image", "plain.png", "--width", "64"], "give both --width and --height"),
+        (["extend", "absent.mp4"], "absent.mp4"),
+        (["extend", "list.txt"], "cannot read list.txt"),
+        (["extend", "plain.png", "--seconds", "0"], "--seconds must be above 0"),
+        (["extend", "plain.png", "--context", "0"], "--context"),
+        (["loop", "plain.png", "--seconds", "1000"], "over the model's"),
+        (["edit", "plain.png", "x", "--strength", "1.5"], "strength must be from 0 to 1, is 1.5"),
+        (["edit", "plain.png"], "Missing argument"),
+        (["inpaint", "plain.png", "x", "--mask", "plain.png"], "is nowhere white"),
+        (["inpaint", "plain.png", "x", "--mask", "list.txt"], "cannot read list.txt"),
+        (["blend", "plain.png", "plain.png", "--by", "magic"], "--by must be inversion or latents, is 'magic'"),
+        (["blend", "plain.png", "plain.png", "--weight", "2"], "--weight"),
+        (["inspect", "plain.png"], "plain.png does not say how it was made"),
         (["generate", "x", "--prompts", "y"], "give either a PROMPT or --prompts FILE"),
         (["generate", "--prompts", "absent.txt"], "cannot read absent.txt: No such file or directory"),
         (["generate", "--prompts", "latin.txt"], "latin.txt is not UTF-8 (byte 3); save it as UTF-8"),
@@ -147,7 +302,12 @@ def test_mistakes_exit_with_2_and_one_sentence(tubelet, tmp_path: Path, argument
     (tmp_path / "latin.txt").write_bytes("caf\xe9".encode("latin-1"))
     (tmp_path / "empty.txt").write_text("\n")
     (tmp_path / "long.txt").write_text("a red circle\n" + "red " * 40)
+    (tmp_path / "empty").mkdir()
+    (tmp_path / "list.txt").write_text("a red circle\n")
+    (tmp_path / "late.txt").write_text("1: a red circle\n")
     (tmp_path / "folder.mp4").mkdir()
+    with VideoWriter(tmp_path / "plain.png", 32, 32, 24) as writer:
+        writer.write(np.zeros((1, 32, 32, 3), np.uint8))
     before = sorted(tmp_path.iterdir())
 
     result = tubelet(*arguments)

@@ -30,6 +30,6 @@ def test_the_folders_are_no_packages_of_their_own() -> None:
 
 def test_only_the_command_line_knows_the_exporter() -> None:
     assert [i for i in imports("runtime") if i[1].startswith("tubelet.export")] == [
-        ("runtime/cli.py", "tubelet.export.build")
+        ("runtime/cli/bundles.py", "tubelet.export.build")
     ]
     assert not [i for i in imports("runtime") if i[1].split(".")[0] in ("torch", "onnx", "onnx_ir")]

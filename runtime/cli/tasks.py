@@ -1,0 +1,262 @@
+"""Commands that make clips from clips: extend, loop, connect, edit, inpaint, blend, variation."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import numpy as np
+import typer
+
+from ..errors import UserError
+from ..fit import Fit
+from ..media import read_clip
+from ..video import CODECS
+from .app import command, err
+from .options import ClipFile, Output, Prompt, Run, Sampling, Size, Strength, check_seconds
+from .output import Clip, Clock, digest, output_paths, read_recipe, write_all
+
+if TYPE_CHECKING:
+    from ..canvas import Frames, Mask
+    from ..request import Request
+    from ..studio import Studio
+
+Size2D = tuple[int, int]  # width, height
+Make = Callable[["Studio", "Request"], Iterator["Frames"]]
+OUT = Path("out.mp4")
+SECONDS = Annotated[float, typer.Option(help="Duration of what is made.")]
+
+
+@command
+def extend(
+    clip: ClipFile,
+    prompt: Prompt = None,
+    *,
+    output: Output = OUT,
+    seconds: SECONDS = 2.0,
+    backward: Annotated[bool, typer.Option("--backward", help="Make what happens before the clip.")] = False,
+    context: Annotated[
+        int, typer.Option(min=1, help="Frames of the clip that the model sees: 1 leaves the motion to the prompt.")
+    ] = 9,
+    size: Size,
+    sampling: Sampling,
+    run: Run,
+) -> None:
+    """Make a clip longer; the clip itself stays as it is."""
+    desk = Desk("extend", [clip], prompt, output, size, sampling, run)
+    (given,) = desk.clips
+    frames = desk.frames(seconds)
+    desk.write(
+        len(given) + frames,
+        lambda studio, request: studio.extend(given, request, frames, backward, context),
+        {"added": frames, "backward": backward, "context": context},
+    )
+
+
+@command
+def loop(
+    clip: ClipFile,
+    prompt: Prompt = None,
+    *,
+    output: Output = OUT,
+    seconds: SECONDS = 1.0,
+    size: Size,
+    sampling: Sampling,
+    run: Run,
+) -> None:
+    """Make a clip that leads from its end to its start."""
+    desk = Desk("loop", [clip], prompt, output, size, sampling, run)
+    (given,) = desk.clips
+    frames = desk.studio.bridged(desk.frames(seconds))
+    desk.write(len(given) + frames, lambda studio, request: studio.loop(given, request, frames), {"seconds": seconds})
+
+
+@command
+def connect(
+    first: ClipFile,
+    second: ClipFile,
+    prompt: Prompt = None,
+    *,
+    output: Output = OUT,
+    seconds: SECONDS = 2.0,
+    size: Size,
+    sampling: Sampling,
+    run: Run,
+) -> None:
+    """Make what happens between two clips."""
+    desk = Desk("connect", [first, second], prompt, output, size, sampling, run)
+    one, other = desk.clips
+    frames = desk.studio.bridged(desk.frames(seconds))
+    desk.write(
+        len(one) + frames + len(other),
+        lambda studio, request: studio.connect(one, other, request, frames),
+        {"added": frames},
+    )
+
+
+@command
+def edit(
+    clip: ClipFile,
+    prompt: Annotated[str, typer.Argument(help="What the clip shows then.")],
+    *,
+    output: Output = OUT,
+    strength: Strength = 0.7,
+    size: Size,
+    sampling: Sampling,
+    run: Run,
+) -> None:
+    """Make a clip show something else, moving as it does (SDEdit)."""
+    _redo("edit", clip, prompt, output, strength, size, sampling, run)
+
+
+@command
+def variation(
+    clip: ClipFile,
+    prompt: Prompt = None,
+    *,
+    output: Output = OUT,
+    strength: Strength = 0.95,
+    size: Size,
+    sampling: Sampling,
+    run: Run,
+) -> None:
+    """Make another clip of the same kind; every seed makes another one."""
+    _redo("variation", clip, prompt, output, strength, size, sampling, run)
+
+
+def _redo(
+    name: str, clip: Path, prompt: str | None, output: Path, strength: float, size: Size, sampling: Sampling, run: Run
+) -> None:
+    desk = Desk(name, [clip], prompt, output, size, sampling, run, strength)
+    (given,) = desk.clips
+    desk.write(len(given), lambda studio, request: studio.edit(given, request))
+
+
+@command
+def inpaint(
+    clip: ClipFile,
+    prompt: Annotated[str, typer.Argument(help="What the clip shows then.")],
+    *,
+    mask: Annotated[Path, typer.Option(help="Picture or video, white where the clip is made anew.")],
+    output: Output = OUT,
+    size: Size,
+    sampling: Sampling,
+    run: Run,
+) -> None:
+    """Make a part of a clip anew, in space and time; the rest stays as it is."""
+    desk = Desk("inpaint", [clip], prompt, output, size, sampling, run)
+    (given,) = desk.clips
+    white = desk.read_mask(mask, given)
+    desk.write(
+        len(given),
+        lambda studio, request: studio.inpaint(given, white, request),
+        {"mask": [str(mask), digest(mask)]},
+    )
+
+
+@command
+def blend(
+    first: ClipFile,
+    second: ClipFile,
+    prompt: Prompt = None,
+    *,
+    output: Output = OUT,
+    weight: Annotated[float, typer.Option(min=0, max=1, help="0 is the first clip, 1 the second.")] = 0.5,
+    by: Annotated[
+        str, typer.Option(help="inversion: between the noises that make the clips; latents: between the clips.")
+    ] = "inversion",
+    strength: Strength = 0.6,
+    size: Size,
+    sampling: Sampling,
+    run: Run,
+) -> None:
+    """Make a clip between two clips."""
+    if by not in ("inversion", "latents"):
+        raise UserError(f"--by must be inversion or latents, is {by!r}")
+    desk = Desk("blend", [first, second], prompt, output, size, sampling, run, strength)
+    frames = min(map(len, desk.clips))
+    one, other = (clip[:frames] for clip in desk.clips)
+    desk.write(
+        frames,
+        lambda studio, request: iter([studio.blend(one, other, request, weight, by == "inversion")]),
+        {"weight": weight, "by": by},
+    )
+
+
+class Desk:
+    """What all these commands do: read clips, settle a request, make one clip, write it."""
+
+    def __init__(
+        self,
+        command: str,
+        files: list[Path],
+        prompt: str | None,
+        output: Path,
+        size: Size,
+        sampling: Sampling,
+        run: Run,
+        strength: float = 1.0,
+    ):
+        from ..pipeline import Pipeline
+        from ..studio import Studio
+
+        self.command, self.files, self.run = command, files, run
+        (self.path,) = output_paths(output, 1, None)
+        self.clock = Clock()
+        with self.clock("load"):
+            self.pipeline = Pipeline.open(run.bundle, run.threads)
+        self.studio = Studio(self.pipeline)
+        self.fps = self.pipeline.spec.fps
+        self.fit = size.fit or Fit.CROP
+        with self.clock("read"):
+            self.clips = self._read(size.of(self.pipeline.spec))
+        text = prompt if prompt is not None else self._describe()
+        _, height, width, _ = self.clips[0].shape
+        request = dataclasses.replace(sampling.request(text, strength), width=width, height=height)
+        self.request = request
+        self.settings = self.studio.check(request)
+
+    def _describe(self) -> str:
+        """What the clips show, by their own account or the captioner's; nothing where they differ."""
+        said = set()
+        for file, clip in zip(self.files, self.clips, strict=True):
+            recipe = read_recipe(file) if file.suffix.lower() in CODECS else None
+            if recipe is not None and recipe.prompt is not None:
+                said.add(recipe.prompt)
+            elif self.pipeline.spec.captioner is not None:
+                said.add(self.studio.describe(clip))
+        prompt = said.pop() if len(said) == 1 else ""
+        err.print(f"prompt: {prompt or '(none)'}", markup=False)
+        return prompt
+
+    def _read(self, size: Callable[[Size2D], Size2D]) -> list[Frames]:
+        """All clips in the size of the first."""
+        first = read_clip(self.files[0], self.fps, size, self.fit)
+        height, width = first.shape[1:3]
+        return [first, *(read_clip(file, self.fps, lambda _: (width, height), self.fit) for file in self.files[1:])]
+
+    def read_mask(self, file: Path, clip: Frames) -> Mask:
+        """bool [T,H,W], of the clip's shape; a picture counts for all frames."""
+        height, width = clip.shape[1:3]
+        frames = read_clip(file, self.fps, lambda _: (width, height), self.fit)
+        if len(frames) not in (1, len(clip)):
+            raise UserError(f"the mask {file} has {len(frames)} frames, the clip {len(clip)}; make them equal")
+        white = frames.max(axis=3) > 127
+        if not white.any():
+            raise UserError(f"the mask {file} is nowhere white, so nothing would be made")
+        return np.broadcast_to(white, clip.shape[:3])
+
+    def frames(self, seconds: float) -> int:
+        return max(1, round(check_seconds(seconds) * self.fps))
+
+    def write(self, frames: int, make: Make, options: dict[str, Any] | None = None) -> None:
+        from ..recipe import Recipe
+
+        inputs = [[str(file), digest(file)] for file in self.files]
+        settings = dataclasses.asdict(self.settings) | {"frames": frames, "fit": self.fit.value, "fps": float(self.fps)}
+        recipe = Recipe.of(self.pipeline.bundle.key, self.command, {**settings, **(options or {}), "clips": inputs})
+        shape = (frames, self.settings.height, self.settings.width)
+        clip = Clip(self.path, shape, lambda studio: make(studio, self.request), recipe)
+        write_all(self.pipeline, [clip], float(self.fps), self.clock, self.run.as_json)
