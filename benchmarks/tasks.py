@@ -331,7 +331,7 @@ def main() -> None:
                 options.sheets / f"{name}.png", contact_sheet([c for c, _ in rows], [label for _, label in rows])[None]
             )
             if name != "image":
-                write(options.sheets / f"{name}.webp", strip([clip for clip, _ in rows[:4]]))
+                write(options.sheets / f"{name}.webp", strip([clip for clip, _ in rows[:2]]))
     print(json.dumps(result))
 
 
