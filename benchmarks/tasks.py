@@ -330,7 +330,7 @@ def main() -> None:
             write(
                 options.sheets / f"{name}.png", contact_sheet([c for c, _ in rows], [label for _, label in rows])[None]
             )
-            if name != "image":
+            if name not in ("image", "long_video"):
                 write(options.sheets / f"{name}.webp", strip([clip for clip, _ in rows[:2]]))
     print(json.dumps(result))
 

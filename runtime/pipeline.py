@@ -24,6 +24,7 @@ from .generation import Generation, Pinned
 from .geometry import Geometry, coordinate_columns, plan
 from .request import Request, Settings
 from .schedule import Schedule, make_inversion, make_schedule, time_features
+from .strict import require
 from .text import PromptTokenizer
 
 Float32 = NDArray[np.float32]
@@ -118,6 +119,7 @@ class Pipeline:
         else:
             sample = self._pack(starting_noise(geometry, self.spec.denoiser.latent_channels, settings.seed))
         if canvas is None:
+            require(settings.strength == 1, f"strength {settings.strength} needs a canvas to start from; leave it at 1")
             return self._allocate(settings, geometry, schedule, sample)
         if canvas.known.shape != geometry.grid:
             raise UserError(f"a canvas of this size has known {list(geometry.grid)}, not {list(canvas.known.shape)}")

@@ -2,7 +2,7 @@
 
 Flows in: a Pipeline, a Request, and clips or pictures as uint8 frames of one size. Flows out: uint8 frames in order, a
 few at a time. Clips longer than a window are made window by window, each beginning with frames of the one before, so
-memory does not grow with duration. Knows nothing of files.
+memory does not grow with duration (backward it does: what is made last comes first). Knows nothing of files.
 """
 
 from __future__ import annotations
@@ -109,6 +109,8 @@ class Studio:
 
         The model sees `context` frames of the clip: more keep its motion, one leaves the motion to the prompt.
         """
+        if not 1 <= context < self.window:
+            raise UserError(f"context must be from 1 to {self.window - 1} frames, is {context}")
         if not backward:
             yield clip
             yield from self._sweep(request, frames, clip[-context:])

@@ -91,6 +91,11 @@ def test_a_mask_of_another_grid_is_refused(pipeline: Pipeline) -> None:
         pipeline.prepare(Request(PROMPT), canvas)
 
 
+def test_strength_without_a_canvas_is_refused(pipeline: Pipeline) -> None:
+    with pytest.raises(UserError, match=r"strength 0\.5 needs a canvas"):
+        pipeline.prepare(Request(PROMPT, strength=0.5))
+
+
 def half_known(pipeline: Pipeline) -> Canvas:
     """5 frames of 32x48 whose first latent frame and one more token are known."""
     latents = np.random.default_rng(1).standard_normal((8, 2, 4, 6), np.float32)
@@ -111,7 +116,7 @@ class Unleveled:
         return self.engine.bind({**inputs, "known": self.known}, outputs)
 
     def __call__(self, inputs: Arrays) -> dict[str, np.ndarray]:
-        raise NotImplementedError
+        return self.engine(inputs)
 
 
 @pytest.fixture

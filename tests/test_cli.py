@@ -251,6 +251,7 @@ def test_a_prompt_is_enhanced_by_rules(tubelet) -> None:
         (["extend", "list.txt"], "cannot read list.txt"),
         (["extend", "plain.png", "--seconds", "0"], "--seconds must be above 0"),
         (["extend", "plain.png", "--context", "0"], "--context"),
+        (["extend", "plain.png", "--context", "33"], "context must be from 1 to 32 frames, is 33"),
         (["loop", "plain.png", "--seconds", "1000"], "over the model's"),
         (["edit", "plain.png", "x", "--strength", "1.5"], "strength must be from 0 to 1, is 1.5"),
         (["edit", "plain.png"], "Missing argument"),

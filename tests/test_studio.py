@@ -115,6 +115,14 @@ def test_extension_keeps_the_clip_and_adds_as_much_as_asked(
     np.testing.assert_array_equal(made[frames:] if backward else made[:19], noise)
 
 
+@pytest.mark.parametrize("context", [0, 33, 40])
+@pytest.mark.parametrize("backward", [False, True])
+def test_a_context_that_leaves_no_room_is_refused(studio: Studio, context: int, backward: bool) -> None:
+    clip = np.zeros((50, 32, 32, 3), np.uint8)
+    with pytest.raises(UserError, match=f"context must be from 1 to 32 frames, is {context}"):
+        joined(studio.extend(clip, FAST, 5, backward, context))
+
+
 def test_a_clip_shorter_than_the_context_is_extended(studio: Studio, noise: np.ndarray) -> None:
     for backward in (False, True):
         assert len(joined(studio.extend(noise[:3], FAST, 5, backward))) == 8

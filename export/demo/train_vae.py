@@ -1,8 +1,8 @@
-"""Trains the embedded model's VAE on rendered clips, then sharpens it; last measures the latents' mean and spread.
+"""Trains the embedded model's VAE on rendered clips, sharpens it, and in the end refines its decoder.
 
-Flows in: the world and a folder for checkpoints. Flows out: `vae_sampled.pt`, then `vae.pt` there (weights averaged
-over training), the latter with `latent_mean` and `latent_std`. Resumes where it stopped; every step draws from a seed
-of its own, so an interrupted run and a whole one see the same data.
+Flows in: the world and a folder for checkpoints. Flows out: `vae_sampled.pt`, then `vae.pt` with the latents' mean and
+spread, and `vae_refined.pt` with the same encoder, there; weights are averaged over training. Resumes where it stopped;
+every step draws from a seed of its own, so an interrupted run and a whole one see the same data.
 """
 
 from __future__ import annotations

@@ -13,6 +13,7 @@ import typer
 from ..errors import UserError
 from ..fit import Fit
 from ..media import read_clip
+from ..studio import CONTEXT
 from ..video import CODECS
 from .app import command, err
 from .options import ClipFile, Output, Prompt, Run, Sampling, Size, Strength, check_seconds
@@ -39,7 +40,7 @@ def extend(
     backward: Annotated[bool, typer.Option("--backward", help="Make what happens before the clip.")] = False,
     context: Annotated[
         int, typer.Option(min=1, help="Frames of the clip that the model sees: 1 leaves the motion to the prompt.")
-    ] = 9,
+    ] = CONTEXT,
     size: Size,
     sampling: Sampling,
     run: Run,
@@ -70,7 +71,7 @@ def loop(
     desk = Desk("loop", [clip], prompt, output, size, sampling, run)
     (given,) = desk.clips
     frames = desk.studio.bridged(desk.frames(seconds))
-    desk.write(len(given) + frames, lambda studio, request: studio.loop(given, request, frames), {"seconds": seconds})
+    desk.write(len(given) + frames, lambda studio, request: studio.loop(given, request, frames), {"added": frames})
 
 
 @command
