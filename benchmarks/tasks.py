@@ -19,7 +19,7 @@ import numpy as np
 
 from tubelet.export.demo.score import evaluation_set, measure, score, track
 from tubelet.export.demo.train_vae import psnr
-from tubelet.export.demo.world import COLOURS, SHAPES, Scene, caption, render
+from tubelet.export.demo.world import COLOURS, OPPOSITE, SHAPES, Scene, caption, render
 from tubelet.runtime import EMBEDDED, Pipeline, Request, VideoWriter
 from tubelet.runtime.sheet import contact_sheet
 from tubelet.runtime.studio import Scene as Shown
@@ -33,7 +33,6 @@ ANY = (
     *((128, 64, 33), (64, 128, 17), (112, 112, 33), (128, 128, 33), (128, 128, 65)),
 )
 MOVING = ("left", "right", "up", "down")
-OPPOSITE = {"left": "right", "right": "left", "up": "down", "down": "up", "grows": "shrinks", "shrinks": "grows"}
 
 Values = dict[str, float]
 Frames = np.ndarray

@@ -5,6 +5,7 @@ pytest tests/test_demo_training.py
 
 from __future__ import annotations
 
+import dataclasses
 import itertools
 import json
 from pathlib import Path
@@ -23,15 +24,20 @@ from tubelet.export.demo.train_denoiser import (
     CLIPS,
     FIRST,
     PATTERN_ODDS,
+    POOLS,
+    SECOND,
     WIDE_FROM,
     Batch,
     Batches,
+    draw_clip,
     draw_known,
     flow_loss,
     pack,
 )
+from tubelet.export.demo.score import track
 from tubelet.export.demo.training import Checkpoint, Muon, Optimizers, averaged, trapezoid
 from tubelet.export.demo.world import SCENES, Scene, vocabulary
+from tubelet.export.vae import ChannelNorm, Vae
 from tubelet.runtime import kernels
 from tubelet.runtime.schedule import time_features
 
@@ -111,6 +117,29 @@ def test_ghosts_are_errors_away_from_the_object() -> None:
         assert train_vae.ghosts(pixels, error.square()).item() == pytest.approx(4 / (2 * 16 * 20) if counts else 0)
 
 
+def test_rescaling_keeps_the_function_and_bounds_what_norms_read() -> None:
+    torch.manual_seed(0)
+    vae = Vae(dataclasses.replace(SPEC.vae, widths=(8, 16, 16), decoder_blocks=1))
+    with torch.no_grad():
+        for parameter in vae.parameters():
+            parameter.mul_(3.0 if parameter.ndim > 4 else 1.0)
+        for half in (vae.encoder, vae.decoder):
+            half.conv_in.weight.mul_(1e4)
+    clip = np.random.default_rng(1).integers(0, 256, (9, 16, 16, 3), np.uint8)
+    before = [train_vae.whole(vae.encoder, train_vae.to_pixels(clip[None])), train_vae.reconstruct(vae, clip)]
+
+    train_vae.rescale(vae, [clip], most=64.0)
+
+    seen: list[float] = []
+    norms = [module for module in vae.modules() if isinstance(module, ChannelNorm)]
+    for norm in norms:
+        norm.register_forward_pre_hook(lambda _, inputs: seen.append(inputs[0].abs().max().item()))
+    after = [train_vae.whole(vae.encoder, train_vae.to_pixels(clip[None])), train_vae.reconstruct(vae, clip)]
+    assert len(seen) > 2 * len(norms) and max(seen) <= 64.0
+    torch.testing.assert_close(after[0], before[0], rtol=1e-4, atol=1e-4)  # norms add 1e-12 to a mean of squares
+    assert np.abs(after[1].astype(int) - before[1]).max() <= 1
+
+
 @given(st.tuples(*(st.integers(1, 6) for _ in range(3))), st.integers(0, 1000), st.sampled_from(PATTERN_ODDS))
 @settings(deadline=None)
 def test_some_tokens_are_always_unknown(grid: tuple[int, int, int], seed: int, odds: tuple[float, ...]) -> None:
@@ -162,8 +191,8 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A pool with the recipe's sizes, two clips each."""
     folder = tmp_path_factory.mktemp("pool")
     pool = [
-        {"latents": torch.randn(2, 8, 1 + (f - 1) // 4, h // 8, w // 8).half(), "scenes": [n, n + 1], "size": (w, h, f)}
-        for n, (w, h, f, _) in enumerate(CLIPS)
+        {"kind": kind, "latents": torch.randn(2, 8, 1 + (f - 1) // 4, h // 8, w // 8).half(), "scenes": [n, n + 1]}
+        for n, (kind, w, h, f, _) in enumerate(CLIPS)
     ]
     torch.save(pool, folder / "latents.pt")
     return folder
@@ -175,7 +204,8 @@ def batches(folder: Path) -> Batches:
 
 
 def test_batches_keep_to_the_recipe(batches: Batches) -> None:
-    drawn = [batches(step) for start in (0, WIDE_FROM, FIRST) for step in range(start, start + 150)]
+    starts = (0, WIDE_FROM, FIRST, FIRST + SECOND)
+    drawn = [batches(step) for start in starts for step in range(start, start + 150)]
 
     def frames(batch: Batch) -> int:
         return len(batch.coordinates[:, 0].unique())
@@ -189,13 +219,24 @@ def test_batches_keep_to_the_recipe(batches: Batches) -> None:
     assert not any((batch.ids == UNKNOWN_WORD).any() for batch in drawn)
     empty = np.mean([float((batch.mask.sum(dim=1) == 1).float().mean()) for batch in drawn])
     assert 0.05 < empty < 0.15
-    known = [float((batch.known[:, 0] > 0).float().mean()) for batch in drawn]
-    assert (
-        max(known[:300]) < 1 and sum(share == 1 for share in known[300:]) > 5
-    )  # clips that stop have known beginnings
+    first, last = ([float((batch.known[:, i] > 0).float().mean()) for batch in drawn] for i in (0, -1))
+    assert max(first[:300]) < 1 and sum(share == 1 for share in first[300:]) > 5  # clips that stop: known beginnings
+    assert max(last[:450]) < 1 and sum(share == 1 for share in last[450:]) > 3  # clips that start: known ends
     again = batches(7)
     torch.testing.assert_close(again.clean, drawn[7].clean, rtol=0, atol=0)
     torch.testing.assert_close(again.ids, drawn[7].ids)
+
+
+@pytest.mark.parametrize("kind", POOLS)
+def test_every_kind_of_clip_has_the_length_asked_for(kind: str) -> None:
+    scene = Scene("circle", "red", "white", "right")
+    clip = draw_clip(kind, scene, 64, 48, 33, np.random.default_rng(5))
+    assert clip.shape == (33, 48, 64, 3) and clip.dtype == np.uint8
+    travel = track(clip)[-1, 0] - track(clip)[0, 0]
+    assert 5 < travel < (20 if kind == "slow" else 40)
+    still = np.linalg.norm(np.diff(track(clip), axis=0), axis=1) < 0.01
+    assert not still[1:-1].any() or kind in ("stopping", "starting")
+    assert not still[0] or kind == "starting"
 
 
 def test_every_scene_has_one_name_of_known_words() -> None:

@@ -24,7 +24,7 @@ from tubelet.runtime.world import TEMPLATES, say
 
 from ..captioner import Captioner, CaptionerMemory
 from .recipe import PAD, captioner_spec, tokenizer
-from .train_denoiser import CUTS, POOL, WIDE, pack
+from .train_denoiser import CUTS, pack
 from .training import Checkpoint, Optimizers, averaged, save, trapezoid, unit_gain_
 from .world import STILL_TEMPLATES, TRAINED, VERBS, Scene
 
@@ -74,7 +74,7 @@ class Batches:
     def __init__(self, spec: ModelSpec, folder: Path):
         self.patch = spec.denoiser.patch
         pool = torch.load(folder / "latents.pt", weights_only=True)
-        self.pool = pool[: len(POOL + WIDE)]  # a clip that stops need not show its motion
+        self.pool = [entry for entry in pool if entry["kind"] in ("plain", "wide")]  # others need not show a motion
         self.tokenizer = PromptTokenizer(tokenizer(), captioner_spec().length)
         shape = (1, spec.vae.latent_channels, 1, 1, 1)
         self.mean, self.std = (torch.tensor(v).reshape(shape) for v in (spec.vae.latent_mean, spec.vae.latent_std))

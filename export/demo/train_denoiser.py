@@ -10,9 +10,9 @@ a box in space and time, or single frames anywhere.
 
 from __future__ import annotations
 
+import dataclasses
 import math
 from collections.abc import Iterator
-from dataclasses import dataclass
 from pathlib import Path
 from typing import cast
 
@@ -32,47 +32,89 @@ from ..vae import Vae, whole
 from .recipe import tokenizer
 from .train_vae import to_pixels
 from .training import Checkpoint, Optimizers, averaged, save, trapezoid, unit_gain_
-from .world import TRAINED, Scene, caption, render
+from .world import OPPOSITE, TRAINED, Scene, caption, render
 
-# width, height, frames that the motion is drawn for, clips in the pool
-POOL = (
-    *((w, h, f, n) for w, h in ((48, 48), (64, 48), (48, 64), (64, 64)) for f, n in ((17, 220), (33, 220))),
-    *((w, h, f, n) for w, h in ((80, 48), (48, 80), (80, 64), (64, 80)) for f, n in ((17, 80), (33, 80))),
-    *((w, h, f, n) for w, h in ((96, 48), (48, 96), (96, 64), (64, 96), (80, 80)) for f, n in ((17, 40), (33, 40))),
-    *((w, h, f, n) for w, h in ((96, 96), (96, 80), (80, 96)) for f, n in ((17, 30), (33, 30))),
-    *((w, h, 49, 50) for w, h in ((48, 48), (64, 48), (48, 64))),
+# Kinds of clips; of each: width, height, frames that the motion is drawn for, clips in the pool.
+POOLS: dict[str, tuple[tuple[int, int, int, int], ...]] = {
+    "plain": (
+        *((w, h, f, n) for w, h in ((48, 48), (64, 48), (48, 64), (64, 64)) for f, n in ((17, 220), (33, 220))),
+        *((w, h, f, n) for w, h in ((80, 48), (48, 80), (80, 64), (64, 80)) for f, n in ((17, 80), (33, 80))),
+        *((w, h, f, n) for w, h in ((96, 48), (48, 96), (96, 64), (64, 96), (80, 80)) for f, n in ((17, 40), (33, 40))),
+        *((w, h, f, n) for w, h in ((96, 96), (96, 80), (80, 96)) for f, n in ((17, 30), (33, 30))),
+        *((w, h, 49, 50) for w, h in ((48, 48), (64, 48), (48, 64))),
+    ),
+    # Without these a picture wider than any trained one shows two objects.
+    "wide": (
+        *((w, h, f, n) for w, h in ((32, 32), (48, 32), (32, 48)) for f, n in ((17, 40), (33, 40))),
+        *((w, h, f, n) for w, h in ((112, 48), (48, 112), (128, 48), (48, 128)) for f, n in ((17, 20), (33, 24))),
+        *((w, h, f, n) for w, h in ((128, 64), (64, 128), (112, 80), (80, 112)) for f, n in ((17, 20), (33, 24))),
+        *((w, h, f, n) for w, h in ((112, 96), (96, 112), (112, 112)) for f, n in ((17, 16), (33, 20))),
+        *((w, h, f, n) for w, h in ((128, 96), (96, 128), (128, 128)) for f, n in ((17, 12), (33, 16))),
+        *((w, h, 49, 30) for w, h in ((64, 64), (80, 64), (64, 80), (96, 64), (64, 96), (96, 96))),
+        *((w, h, 65, 30) for w, h in ((48, 48), (64, 64))),
+    ),
+    # Clips that end where there is no room left, with known first frames: long videos are made of such. Without these
+    # an object that reaches the border appears somewhere else in the next window.
+    "stopping": (
+        *((64, 64, f, n) for f, n in ((17, 60), (33, 180))),
+        *((w, h, 33, 50) for w, h in ((48, 48), (64, 48), (48, 64), (80, 64), (64, 80), (96, 64), (64, 96))),
+    ),
+    # The same backwards, with known last frames: what was before a clip that starts at the border.
+    "starting": tuple(
+        (w, h, 33, 40) for w, h in ((48, 48), (64, 48), (48, 64), (64, 64), (80, 64), (64, 80), (96, 64), (96, 96))
+    ),
+    # A window of a clip of 65 frames, mostly with known ends: a given clip may move half as fast as anything above.
+    "slow": tuple(
+        (w, h, 33, 50) for w, h in ((48, 48), (64, 48), (48, 64), (64, 64), (80, 64), (64, 80), (96, 64), (96, 96))
+    ),
+    # Whole motions in few frames.
+    "fast": (
+        *((w, h, 9, 30) for w, h in ((32, 32), (48, 32), (32, 48), (48, 48), (64, 48), (48, 64), (64, 64))),
+        *((w, h, 17, 50) for w, h in ((80, 48), (48, 80), (96, 64), (64, 96))),
+    ),
+}
+SLOW_LENGTH = 65
+CLIPS = [(kind, *clips) for kind, pool in POOLS.items() for clips in pool]
+# how often each kind is seen: at first, from WIDE_FROM, from FIRST and from FIRST + SECOND on
+SHARES = (
+    {"plain": 1.0},
+    {"plain": 0.6, "wide": 0.4},
+    {"plain": 0.5, "wide": 0.35, "stopping": 0.15},
+    {"plain": 0.38, "wide": 0.27, "stopping": 0.07, "starting": 0.07, "slow": 0.09, "fast": 0.12},
 )
-# The same, from step WIDE_FROM on: without these a picture wider than any trained one shows two objects.
-WIDE = (
-    *((w, h, f, n) for w, h in ((32, 32), (48, 32), (32, 48)) for f, n in ((17, 40), (33, 40))),
-    *((w, h, f, n) for w, h in ((112, 48), (48, 112), (128, 48), (48, 128)) for f, n in ((17, 20), (33, 24))),
-    *((w, h, f, n) for w, h in ((128, 64), (64, 128), (112, 80), (80, 112)) for f, n in ((17, 20), (33, 24))),
-    *((w, h, f, n) for w, h in ((112, 96), (96, 112), (112, 112)) for f, n in ((17, 16), (33, 20))),
-    *((w, h, f, n) for w, h in ((128, 96), (96, 128), (128, 128)) for f, n in ((17, 12), (33, 16))),
-    *((w, h, 49, 30) for w, h in ((64, 64), (80, 64), (64, 80), (96, 64), (64, 96), (96, 96))),
-    *((w, h, 65, 30) for w, h in ((48, 48), (64, 64))),
-)
-# Clips that end where there is no room left, from step FIRST on and always with known first frames: long videos are
-# made of such. Without these an object that reaches the border appears somewhere else in the next window.
-STOPPING = (
-    *((64, 64, f, n) for f, n in ((17, 60), (33, 180))),
-    *((w, h, 33, 50) for w, h in ((48, 48), (64, 48), (48, 64), (80, 64), (64, 80), (96, 64), (64, 96))),
-)
-CLIPS = POOL + WIDE + STOPPING
-WIDE_FROM = 5500
-SHARES = ((1.0, 0.0, 0.0), (0.6, 0.4, 0.0), (0.5, 0.35, 0.15))  # of the three: at first, from WIDE_FROM, from FIRST on
 # latent frames of a batch, by latent frames of the pool's clips; 11 (41 frames) is never trained
-CUTS = {5: (5, 5, 3), 9: (9, 9, 7, 5), 13: (13, 9, 7), 17: (17, 15, 13)}
-IMAGE_SHARES = (0.06, 0.12)  # in the first and in the second descent
-FIRST, SECOND = 10000, 2200  # steps of two descents of the learning rate
-STEPS = FIRST + SECOND
+CUTS = {3: (3, 2), 5: (5, 5, 3), 9: (9, 9, 7, 5), 13: (13, 9, 7), 17: (17, 15, 13)}
+WIDE_FROM = 5500
+FIRST, SECOND, THIRD = 10000, 2200, 2600  # steps of three descents of the learning rate
+STEPS = FIRST + SECOND + THIRD
+IMAGE_SHARES = (0.06, 0.12, 0.12)  # of the three
 TOKENS_PER_BATCH = 2048
 LEARNING_RATE = 2.5e-3
 CAPTION_DROP = 0.1
-# how often a clip of the first and of the second descent has which pattern of known tokens
+# how often a clip has which pattern of known tokens, in the three descents and in kinds of their own
 PATTERNS = ("none", "first", "last", "both", "box", "keyframes")
-ALWAYS_FIRST = (0.0, 1.0, 0.0, 0.0, 0.0, 0.0)
-PATTERN_ODDS = ((0.7, 0.12, 0.045, 0.06, 0.075, 0.0), (0.6, 0.12, 0.06, 0.06, 0.08, 0.08))
+PATTERN_ODDS = (
+    (0.7, 0.12, 0.045, 0.06, 0.075, 0.0),
+    (0.6, 0.12, 0.06, 0.06, 0.08, 0.08),
+    (0.57, 0.12, 0.08, 0.07, 0.08, 0.08),
+)
+KIND_ODDS = {
+    "stopping": (0.0, 1.0, 0.0, 0.0, 0.0, 0.0),
+    "starting": (0.0, 0.0, 1.0, 0.0, 0.0, 0.0),
+    "slow": (0.0, 0.4, 0.4, 0.1, 0.1, 0.0),
+}
+
+
+def draw_clip(kind: str, scene: Scene, width: int, height: int, frames: int, rng: np.random.Generator) -> np.ndarray:
+    """A clip of one of the kinds, uint8 [frames, height, width, 3]."""
+    if kind == "starting":
+        back = dataclasses.replace(scene, motion=OPPOSITE.get(scene.motion, scene.motion))
+        return render(back, width, height, frames, rng, stops=True)[::-1].copy()
+    if kind == "slow":
+        clip = render(scene, width, height, SLOW_LENGTH, rng)
+        start = rng.integers(SLOW_LENGTH - frames + 1)
+        return clip[start : start + frames]
+    return render(scene, width, height, frames, rng, stops=kind == "stopping")
 
 
 def encode_pool(spec: ModelSpec, folder: Path) -> None:
@@ -81,19 +123,18 @@ def encode_pool(spec: ModelSpec, folder: Path) -> None:
     scenes_order = np.random.default_rng(31).permutation(len(TRAINED))
     drawn, pool = 0, []
     with torch.no_grad():
-        for number, (width, height, frames, count) in enumerate(CLIPS):
+        for number, (kind, width, height, frames, count) in enumerate(CLIPS):
             rng = np.random.default_rng((37, number))
             scenes, latents = [], []
             for _ in range(count):
                 scenes.append(int(scenes_order[drawn % len(TRAINED)]))
                 drawn += 1
-                stops = number >= len(POOL + WIDE)
-                clip = render(TRAINED[scenes[-1]], width, height, frames, rng, stops)
+                clip = draw_clip(kind, TRAINED[scenes[-1]], width, height, frames, rng)
                 pixels = to_pixels(clip[None]).contiguous(memory_format=torch.channels_last_3d)
                 mean = whole(vae.encoder, pixels).chunk(2, dim=1)[0]
                 latents.append(mean.half())
-            pool.append({"latents": torch.cat(latents), "scenes": scenes, "size": (width, height, frames)})
-            print(f"encoded {width}x{height}x{frames}: {count} clips", flush=True)
+            pool.append({"kind": kind, "latents": torch.cat(latents), "scenes": scenes})
+            print(f"encoded {kind} {width}x{height}x{frames}: {count} clips", flush=True)
     save(pool, folder / "latents.pt")
 
 
@@ -124,7 +165,7 @@ class Model(nn.Module):
         return self.denoiser(tokens, features, batch.rope[0], batch.rope[1], cross_k, cross_v, batch.known)
 
 
-@dataclass(frozen=True)
+@dataclasses.dataclass(frozen=True)
 class Batch:
     clean: Tensor  # [B,N,P]
     known: Tensor  # [B,N]
@@ -143,10 +184,17 @@ def pack(latents: Tensor, patch: tuple[int, int, int]) -> Tensor:
 
 
 def rate(step: int) -> float:
-    """Share of the peak learning rate: down to zero twice, the second time from half of it."""
+    """Share of the peak learning rate: down to zero three times, from lower every time."""
     if step < FIRST:
         return trapezoid(step, FIRST, flat=0.5)
-    return 0.5 * trapezoid(step - FIRST, SECOND, flat=0.2)
+    if step < FIRST + SECOND:
+        return 0.5 * trapezoid(step - FIRST, SECOND, flat=0.2)
+    return 0.45 * trapezoid(step - FIRST - SECOND, THIRD, flat=0.2)
+
+
+def descent(step: int) -> int:
+    """Which descent of the learning rate the step belongs to: 0, 1 or 2."""
+    return (step >= FIRST) + (step >= FIRST + SECOND)
 
 
 def draw_known(grid: tuple[int, int, int], rng: np.random.Generator, odds: tuple[float, ...]) -> np.ndarray:
@@ -178,17 +226,17 @@ class Batches:
         vae = spec.vae
         self.mean = torch.tensor(vae.latent_mean)[None, :, None, None, None]
         self.std = torch.tensor(vae.latent_std)[None, :, None, None, None]
-        counts = [np.array([count for *_, count in clips], np.float64) for clips in (POOL, WIDE, STOPPING)]
+        kinds, counts = np.array([kind for kind, *_ in CLIPS]), np.array([count for *_, count in CLIPS], np.float64)
         self.odds = [
-            np.concatenate([share * n / n.sum() for share, n in zip(shares, counts, strict=True)]) for shares in SHARES
+            sum(share * (kinds == kind) * counts / counts[kinds == kind].sum() for kind, share in shares.items())
+            for shares in SHARES
         ]
 
     def __call__(self, step: int) -> Batch:
         rng = np.random.default_rng((41, step))
-        second = step >= FIRST
-        number = rng.choice(len(self.pool), p=self.odds[(step >= WIDE_FROM) + second])
-        entry, stops = self.pool[number], number >= len(POOL + WIDE)
-        image = rng.random() < IMAGE_SHARES[second] and not stops
+        entry = self.pool[rng.choice(len(self.pool), p=self.odds[(step >= WIDE_FROM) + descent(step)])]
+        odds = KIND_ODDS.get(entry["kind"], PATTERN_ODDS[descent(step)])
+        image = rng.random() < IMAGE_SHARES[descent(step)] and entry["kind"] not in KIND_ODDS
         frames = 1 if image else int(rng.choice(CUTS[entry["latents"].shape[2]]))
         height, width = entry["latents"].shape[3:]
         _, ph, pw = self.spec.denoiser.patch
@@ -197,7 +245,6 @@ class Batches:
         chosen = rng.integers(len(entry["scenes"]), size=count)
         scenes: Iterator[Scene] = (TRAINED[entry["scenes"][i]] for i in chosen)
         captions = ["" if rng.random() < CAPTION_DROP else caption(scene, rng, image) for scene in scenes]
-        odds = ALWAYS_FIRST if stops else PATTERN_ODDS[second]
         known = np.stack([draw_known(grid, rng, odds).ravel() for _ in range(count)])
         return self.make(entry["latents"][chosen, :, :frames], captions, known)
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import itertools
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import cast
 
@@ -19,7 +19,7 @@ from torch import Tensor, nn
 
 from tubelet.runtime.spec import VaeSpec
 
-from ..vae import ResidualBlock, Vae, stream, whole
+from ..vae import ChannelNorm, Downsample, ResidualBlock, Upsample, Vae, stream, whole
 from .training import Checkpoint, Optimizers, averaged, save, trapezoid, unit_gain_
 from .world import HELD_OUT, TRAINED, Scene, render
 
@@ -33,7 +33,7 @@ MUON_RATE, ADAMW_RATE = 8e-3, 1e-3
 KL_WEIGHT = 5e-4
 SHARPEN_STEPS, SHARPEN_NOISE = 2900, 0.1
 GHOST_WEIGHT = 10.0
-REFINE_STEPS, REFINE_NOISE, REFINE_GHOST_WEIGHT = 800, 0.3, 3.0
+REFINE_STEPS, REFINE_NOISE, REFINE_GHOST_WEIGHT = 2400, 0.3, 3.0
 REFINE_SIZES = ((64, 64), (64, 48), (48, 64), (80, 48), (48, 80))
 FAST_SHARE = 0.55  # of sharpening on what moves most between two frames: wide pictures, short clips
 STILL_SHARE, BATCH_STILL = 0.15, 6  # of sharpening on pictures: a clip's first frame has no history to lean on
@@ -213,12 +213,53 @@ def refine_decoder(spec: VaeSpec, folder: Path) -> None:
     vae.encoder.requires_grad_(False)
 
     def loss(step: int) -> Tensor:
-        batch = (refining_batch if step % 3 else sharpening_batch)(step)
+        batch = (refining_batch if step % 2 else sharpening_batch)(step)
         _, pixels, error = _reconstruct(vae, *batch, REFINE_NOISE * torch.rand(()).item())
         return error.abs().mean() + REFINE_GHOST_WEIGHT * ghosts(pixels, error.abs())
 
     refined = _descend(vae, vae.decoder, folder / "decoder_refining.pt", REFINE_STEPS, 700_000, loss)
+    rescale(refined, [clip for _, clip in held_out_clips(16)])
     save(refined.state_dict(), folder / "vae_refined.pt")
+
+
+@torch.no_grad()
+def rescale(vae: Vae, clips: Sequence[np.ndarray], most: float = 1024.0) -> None:
+    """Scales what each norm reads by a power of two, so that on these clips it stays within `most`.
+
+    Float16 ends at 65504. A norm's output does not depend on its input's scale, and the stream between blocks is read
+    by norms and linear layers alone, so the VAE computes the same.
+    """
+    peaks: dict[nn.Module, float] = {}
+
+    def watch(norm: nn.Module, inputs: tuple[Tensor, ...]) -> None:
+        peaks[norm] = max(peaks.get(norm, 0.0), inputs[0].abs().max().item())
+
+    hooks = [m.register_forward_pre_hook(watch) for m in vae.modules() if isinstance(m, ChannelNorm)]
+    for clip in clips:
+        reconstruct(vae, clip)
+    for hook in hooks:
+        hook.remove()
+    for half in (vae.encoder, vae.decoder):
+        blocks = [m for m in half.modules() if isinstance(m, ResidualBlock)]
+        changes = [m for m in half.modules() if isinstance(m, Downsample | Upsample)]
+        stream = _power_of_two(most / max(peaks[norm] for norm in (*(b.norm1 for b in blocks), half.norm_out)))
+        for layer in (half.conv_in, *(block.conv2 for block in blocks)):
+            _scale(stream, layer.weight, layer.bias)
+        for change in changes:
+            _scale(stream, change.spatial.bias, change.time.bias if change.time is not None else None)
+        for block in blocks:
+            _scale(_power_of_two(most / peaks[block.norm2]), block.conv1.weight, block.conv1.bias)
+
+
+def _power_of_two(factor: float) -> float:
+    """The greatest power of two that is at most this factor and 1."""
+    return 2.0 ** min(0, math.floor(math.log2(factor)))
+
+
+def _scale(factor: float, *parameters: Tensor | None) -> None:
+    for parameter in parameters:
+        if parameter is not None:
+            parameter.mul_(factor)
 
 
 def _reconstruct(vae: Vae, pixels: Tensor, history: int, noise: float) -> tuple[Tensor, Tensor, Tensor]:

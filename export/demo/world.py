@@ -18,6 +18,7 @@ __all__ = [
     "COLOURS",
     "HELD_OUT",
     "MOTIONS",
+    "OPPOSITE",
     "SCENES",
     "SHAPES",
     "TRAINED",
@@ -34,6 +35,7 @@ STILL_TEMPLATES = (
     "a {shape} that is {colour} over {background}",
     "an image of a {colour} {shape} on {background}",
 )
+OPPOSITE = {"left": "right", "right": "left", "up": "down", "down": "up", "grows": "shrinks", "shrinks": "grows"}
 TRIANGLE_REACH = 1.15  # its apex lies this many radii from its centroid
 HELD_OUT_EVERY = 10  # one combination in ten is never trained: prompts for generalisation
 
