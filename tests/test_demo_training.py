@@ -20,6 +20,7 @@ from torch import Tensor, nn
 
 from tubelet.export.demo import train_captioner, train_denoiser, train_vae
 from tubelet.export.demo.recipe import END, PAD, model_spec, tokenizer
+from tubelet.export.demo.score import track
 from tubelet.export.demo.train_denoiser import (
     CLIPS,
     FIRST,
@@ -34,7 +35,6 @@ from tubelet.export.demo.train_denoiser import (
     flow_loss,
     pack,
 )
-from tubelet.export.demo.score import track
 from tubelet.export.demo.training import Checkpoint, Muon, Optimizers, averaged, trapezoid
 from tubelet.export.demo.world import SCENES, Scene, vocabulary
 from tubelet.export.vae import ChannelNorm, Vae
