@@ -12,6 +12,7 @@ from rich.markup import escape
 from rich.table import Table
 
 from ..bundle import EMBEDDED, Bundle
+from ..doctor import examine
 from ..errors import UserError
 from .app import app, err, out
 from .output import read_recipe
@@ -101,7 +102,6 @@ def doctor(
     as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object instead of a table.")] = False,
 ) -> None:
     """Say what this machine can run, and why not where it cannot."""
-    from ..doctor import examine
 
     findings = examine()
     if as_json:

@@ -11,8 +11,12 @@ import typer
 from rich.progress import track
 
 from ..caption import MAX_BEAMS
+from ..chat import caption_messages, complete, tidy
 from ..errors import UserError
+from ..geometry import nearest_size
 from ..media import read_clip
+from ..pipeline import Pipeline
+from ..studio import Studio
 from .app import command, err, out
 from .options import Chat, Run
 from .output import check_writable
@@ -93,16 +97,10 @@ def _eyes(chat: Chat, run: Run, beams: int) -> tuple[Callable[[Path], Frames], C
     """What reads a clip, and what says what it shows."""
     endpoint = chat.endpoint()
     if endpoint is not None:
-        from ..chat import caption_messages, complete, tidy
-
         return (
             lambda file: read_clip(file, CHAT_FPS, _smaller),
             lambda frames: tidy(complete(endpoint, caption_messages(frames))),
         )
-
-    from ..geometry import nearest_size
-    from ..pipeline import Pipeline
-    from ..studio import Studio
 
     studio = Studio(Pipeline.open(run.bundle, run.threads))
     spec = studio.spec

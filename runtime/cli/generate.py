@@ -5,25 +5,27 @@ from __future__ import annotations
 import dataclasses
 import functools
 import itertools
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import Annotated, Any
 
 import typer
 
+from ..chat import Endpoint
+from ..enhance import by_chat, by_rules
 from ..errors import UserError
 from ..fit import Fit
+from ..geometry import frames_for
 from ..media import read_clip
-from ..request import Settings
+from ..pipeline import Frames, Pipeline
+from ..recipe import Recipe
+from ..request import Request, Settings
 from ..strict import read, require
+from ..studio import Scene, Studio
 from .app import command, err
 from .options import Chat, Output, Run, Sampling, Size, check_seconds
 from .output import Clip, Clock, digest, output_paths, read_recipe, write_all
-
-if TYPE_CHECKING:
-    from ..chat import Endpoint
-    from ..pipeline import Frames, Pipeline
 
 
 @dataclass(frozen=True)
@@ -71,12 +73,6 @@ def generate(
     run: Run,
 ) -> None:
     """Make a video or an image from a prompt."""
-    from ..geometry import frames_for
-    from ..pipeline import Pipeline
-    from ..recipe import Recipe
-    from ..request import Request
-    from ..studio import Scene, Studio
-
     if enhance and storyboard is not None:
         raise UserError("--enhance works on PROMPT and --prompts, not on --storyboard")
     if seconds is not None and frames is not None:
@@ -86,25 +82,43 @@ def generate(
     clock = Clock()
     with clock("load"):
         pipeline = Pipeline.open(run.bundle, run.threads)
-    spec = pipeline.spec
-    options = _options(like, pipeline) if like else vars(Beside(float(spec.fps), None, {}, ())).copy()
     given = {**dataclasses.asdict(size), **dataclasses.asdict(sampling), "frames": frames, "fps": fps}
-    options |= {name: value for name, value in given.items() if value is not None}
-    rate = options["fps"] = float(options["fps"])
-    if not MIN_FPS <= rate <= MAX_FPS:
-        raise UserError(f"--fps must be from {MIN_FPS:g} to {MAX_FPS:g}, is {rate:g}")
-    if seconds is not None:
-        options["frames"] = frames_for(spec, check_seconds(seconds), rate)
+    options = _complete(given, pipeline, like, seconds)
     if storyboard is not None:
-        options["scenes"] = _read_storyboard(storyboard, rate)
+        options["scenes"] = _read_storyboard(storyboard, options["fps"])
     if image is not None or keyframe:
         options["keyframes"] = _parse_keyframes(image, keyframe or [])
     if texts:
         options["scenes"] = ()
     texts = texts or [options.get("prompt", "")]
     if enhance:
-        texts = [_enhanced(text, chat.endpoint(), spec.name) for text in texts]
+        texts = [_enhanced(text, chat.endpoint(), pipeline.spec.name) for text in texts]
     shown = _read_keyframes(options, pipeline, size)
+    clips = _clips(pipeline, options, shown, texts, count, paths)
+    write_all(pipeline, clips, options["fps"], clock, run.as_json, sheet)
+
+
+def _complete(given: Mapping[str, Any], pipeline: Pipeline, like: Path | None, seconds: float | None) -> dict[str, Any]:
+    """The options that are given, over those that made the file `like`."""
+    options = _options(like, pipeline) if like else vars(Beside(float(pipeline.spec.fps), None, {}, ())).copy()
+    options |= {name: value for name, value in given.items() if value is not None}
+    fps = options["fps"] = float(options["fps"])
+    if not MIN_FPS <= fps <= MAX_FPS:
+        raise UserError(f"--fps must be from {MIN_FPS:g} to {MAX_FPS:g}, is {fps:g}")
+    if seconds is not None:
+        options["frames"] = frames_for(pipeline.spec, check_seconds(seconds), fps)
+    return options
+
+
+def _clips(
+    pipeline: Pipeline,
+    options: dict[str, Any],
+    shown: Mapping[int, Frames],
+    texts: Sequence[str],
+    count: int,
+    paths: Sequence[Path],
+) -> list[Clip]:
+    """What is to be made: `count` clips of every text, with seeds that follow each other, or of the scenes."""
     scenes = [Scene(start, text) for start, text in options["scenes"]]
     studio, clips = Studio(pipeline), []
     wanted: dict[str, Any] = {field.name: options.get(field.name) for field in dataclasses.fields(Request)}
@@ -117,7 +131,7 @@ def generate(
         shape = (settings.frames, settings.height, settings.width)
         make = functools.partial(Studio.generate, request=request, keyframes=shown, scenes=scenes)
         clips.append(Clip(path, shape, make, recipe, f"{prompt} (seed {seed})"))
-    write_all(pipeline, clips, rate, clock, run.as_json, sheet)
+    return clips
 
 
 def _texts(prompt: str | None, file: Path | None, storyboard: Path | None, like: Path | None) -> list[str]:
@@ -135,8 +149,6 @@ def _texts(prompt: str | None, file: Path | None, storyboard: Path | None, like:
 
 def _enhanced(prompt: str, endpoint: Endpoint | None, model: str) -> str:
     """A more detailed prompt, by a language model if there is one, else by the embedded model's rules."""
-    from ..enhance import by_chat, by_rules
-
     if endpoint is None and model != EMBEDDED_NAME:
         raise UserError(f"to --enhance prompts for {model}, name a language model with --chat-url and --chat-model")
     enhanced = by_rules(prompt) if endpoint is None else by_chat(prompt, endpoint)

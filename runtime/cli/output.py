@@ -12,18 +12,19 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn, TimeRemainingColumn
 
 from ..bundle import record
+from ..comment import get
 from ..errors import UserError
+from ..pipeline import Frames, Pipeline
+from ..recipe import Recipe
+from ..sheet import MAX_ROWS, contact_sheet, sheet_size, shown_frames
+from ..studio import Studio
+from ..video import MAX_SIZE, VideoWriter, check_length, codec_for
 from .app import err, out
-
-if TYPE_CHECKING:
-    from ..pipeline import Frames, Pipeline
-    from ..recipe import Recipe
-    from ..studio import Studio
 
 MAX_CLIPS = 10_000
 
@@ -41,8 +42,6 @@ class Clip:
 
 def output_paths(path: Path, count: int, sheet: Path | None) -> list[Path]:
     """out.mp4 for one clip; out-1.mp4, out-2.mp4, ... for several. Raises UserError for one that cannot be written."""
-    from ..sheet import MAX_ROWS
-    from ..video import codec_for
 
     codec_for(path)
     if count > MAX_CLIPS:
@@ -113,8 +112,6 @@ def _say(record: dict[str, Any]) -> None:
 
 
 def _check(clips: Sequence[Clip], sheet: Path | None) -> None:
-    from ..sheet import sheet_size
-    from ..video import MAX_SIZE, check_length
 
     for clip in clips:
         check_length(clip.path, clip.shape[0])
@@ -136,8 +133,6 @@ def _write(
     label: str,
     thumbnails: Thumbnails | None,
 ) -> None:
-    from ..studio import Studio
-    from ..video import VideoWriter
 
     frames, height, width = clip.shape
     steps: TaskID = progress.add_task(f"{label}denoise", total=None)
@@ -163,7 +158,6 @@ class Thumbnails:
     """Picks a contact sheet's frames out of a stream of chunks."""
 
     def __init__(self, frames: int):
-        from ..sheet import shown_frames
 
         self.wanted = set(shown_frames(frames))
         self.seen = 0
@@ -176,8 +170,6 @@ class Thumbnails:
 
 def read_recipe(path: Path) -> Recipe | None:
     """How a file was made, or None when it does not say. Raises UserError when it cannot be read."""
-    from ..comment import get
-    from ..recipe import Recipe
 
     return Recipe.parse(get(path))
 
@@ -192,9 +184,6 @@ def digest(path: Path) -> str:
 
 def _write_sheet(path: Path, rows: list[tuple[Thumbnails, str]]) -> None:
     import numpy as np
-
-    from ..sheet import contact_sheet
-    from ..video import VideoWriter
 
     clips = [np.concatenate(thumbnails.kept) for thumbnails, _ in rows]
     image = contact_sheet(clips, [label for _, label in rows])

@@ -5,26 +5,25 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import Annotated, Any
 
 import numpy as np
 import typer
 
+from ..canvas import Frames, Mask
 from ..errors import UserError
 from ..fit import Fit
+from ..fit import Size as Extent
 from ..media import read_clip
-from ..studio import CONTEXT
+from ..pipeline import Pipeline
+from ..recipe import Recipe
+from ..request import Request
+from ..studio import CONTEXT, Studio
 from ..video import CODECS
 from .app import command, err
 from .options import ClipFile, Output, Prompt, Run, Sampling, Size, Strength, check_seconds
 from .output import Clip, Clock, digest, output_paths, read_recipe, write_all
 
-if TYPE_CHECKING:
-    from ..canvas import Frames, Mask
-    from ..request import Request
-    from ..studio import Studio
-
-Size2D = tuple[int, int]  # width, height
 Make = Callable[["Studio", "Request"], Iterator["Frames"]]
 OUT = Path("out.mp4")
 SECONDS = Annotated[float, typer.Option(help="Duration of what is made.")]
@@ -200,8 +199,6 @@ class Desk:
         run: Run,
         strength: float = 1.0,
     ):
-        from ..pipeline import Pipeline
-        from ..studio import Studio
 
         self.command, self.files, self.run = command, files, run
         (self.path,) = output_paths(output, 1, None)
@@ -232,7 +229,7 @@ class Desk:
         err.print(f"prompt: {prompt or '(none)'}", markup=False)
         return prompt
 
-    def _read(self, size: Callable[[Size2D], Size2D]) -> list[Frames]:
+    def _read(self, size: Callable[[Extent], Extent]) -> list[Frames]:
         """All clips in the size of the first."""
         first = read_clip(self.files[0], self.fps, size, self.fit)
         height, width = first.shape[1:3]
@@ -253,7 +250,6 @@ class Desk:
         return max(1, round(check_seconds(seconds) * self.fps))
 
     def write(self, frames: int, make: Make, options: dict[str, Any] | None = None) -> None:
-        from ..recipe import Recipe
 
         inputs = [[str(file), digest(file)] for file in self.files]
         settings = dataclasses.asdict(self.settings) | {"frames": frames, "fit": self.fit.value, "fps": float(self.fps)}
