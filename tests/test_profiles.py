@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch.utils.flop_counter import FlopCounterMode
 
@@ -35,6 +35,7 @@ legal_shapes = st.builds(
 traffics = st.lists(legal_shapes, min_size=1, max_size=8).map(lambda shapes: [Shape(64, 64, 33, 1, 1.0), *shapes])
 
 
+@settings(deadline=None)
 @given(traffic=traffics, limit=st.integers(1, 9))
 def test_every_shape_is_covered_or_outside(traffic: list[Shape], limit: int) -> None:
     choice = choose(SPEC, traffic, limit)
@@ -53,6 +54,7 @@ def test_every_shape_is_covered_or_outside(traffic: list[Shape], limit: int) -> 
         assert plan(SPEC, outside.shape.width, outside.shape.height, outside.shape.frames).tokens < MIN_TOKENS
 
 
+@settings(deadline=None)
 @given(traffic=traffics)
 def test_more_profiles_never_cost_more(traffic: list[Shape]) -> None:
     choices = [choose(SPEC, traffic, limit) for limit in range(1, len(traffic) + 1)]
@@ -63,6 +65,7 @@ def test_more_profiles_never_cost_more(traffic: list[Shape]) -> None:
     assert costs[-1] == choices[0].cost_of_all
 
 
+@settings(deadline=None)
 @given(traffic=traffics, limit=st.integers(1, 4))
 def test_token_ranges_begin_at_32_or_more_and_leave_no_gap(traffic: list[Shape], limit: int) -> None:
     ranges = [profile["N"] for profile in choose(SPEC, traffic, limit).profiles["denoiser"]]
@@ -71,6 +74,7 @@ def test_token_ranges_begin_at_32_or_more_and_leave_no_gap(traffic: list[Shape],
     assert all(b.min == a.max + 1 for a, b in itertools.pairwise(ranges))
 
 
+@settings(deadline=None)
 @given(data=st.data(), count=st.integers(1, 6), limit=st.integers(1, 7))
 def test_partition_is_as_good_as_trying_everything(data: st.DataObject, count: int, limit: int) -> None:
     penalties = data.draw(
@@ -126,6 +130,7 @@ def test_the_nearest_optimum_takes_a_run() -> None:
     assert [select(profiles, {"N": n}) for n in (31, 32, 100, 120, 256, 257)] == [None, 0, 0, 1, 1, None]
 
 
+@settings(deadline=None)
 @given(
     traffic=traffics, width=st.integers(1, 3000), height=st.integers(1, 3000), frames=st.integers(1, 3000),
     limit=st.integers(1, 4),
