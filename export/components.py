@@ -6,13 +6,13 @@ graph. `trace.py` turns them into ONNX, `parity.py` runs them beside the compile
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
 
+from tubelet.runtime.bundle import Extents, Shape, sizes
 from tubelet.runtime.spec import CaptionerSpec, DenoiserSpec, ModelSpec
 
 from .captioner import Captioner, CaptionerMemory
@@ -20,28 +20,19 @@ from .dit import Conditioner, Denoiser
 from .text_encoder import TextEncoder
 from .vae import Vae
 
-Extents = Mapping[str, int]
-
 
 @dataclass(frozen=True)
 class Port:
-    """A graph input. An extent is a number, or varies: a name, or a multiple of one such as "4*h"."""
+    """A graph input or output."""
 
-    shape: tuple[int | str, ...]
+    shape: Shape
     dtype: torch.dtype = torch.float32
     below: int = 0  # the port holds whole numbers from 0 up to this; 0: any number
 
-    def sizes(self, extents: Extents) -> list[int]:
-        """The shape where the named extents are these."""
-        return [
-            math.prod(int(part) if part.isdigit() else extents[part] for part in str(extent).split("*"))
-            for extent in self.shape
-        ]
-
     def example(self, extents: Extents) -> Tensor:
         """Standard normal values, or random whole numbers in the port's range."""
-        sizes = self.sizes(extents)
-        return torch.randint(0, self.below, sizes).to(self.dtype) if self.below else torch.randn(sizes)
+        shape = sizes(self.shape, extents)
+        return torch.randint(0, self.below, shape).to(self.dtype) if self.below else torch.randn(shape)
 
 
 @dataclass(frozen=True)
@@ -169,7 +160,8 @@ def _vae_half(name: str, step: nn.Module, source: tuple[str, Port], result: tupl
     """One half of the VAE as two graphs: a clip's first frame, and the chunks after it with their caches."""
     first, first_result = ({port: _one_frame(shape)} for port, shape in (source, result))
     with torch.no_grad():
-        probe = torch.zeros(first[source[0]].sizes({"B": 1, "h": 1, "w": 1}), device=next(step.parameters()).device)
+        one_frame = sizes(first[source[0]].shape, {"B": 1, "h": 1, "w": 1})
+        probe = torch.zeros(one_frame, device=next(step.parameters()).device)
         shapes = [cache.shape for cache in step(probe)[1:]]
     ports = [Port(("B", c, t, _times(h, "h"), _times(w, "w"))) for _, c, t, h, w in shapes]
     caches = {f"cache_{i:02}": port for i, port in enumerate(ports)}

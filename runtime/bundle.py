@@ -14,6 +14,7 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import json
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -28,11 +29,18 @@ WEIGHTS = "weights.safetensors"
 TOKENIZER = "tokenizer.json"
 EMBEDDED = Path(__file__).parent / "demo"
 
-
-Shape = tuple[int | str, ...]
+Shape = tuple[int | str, ...]  # of a port; an extent is a number, or varies: a name, or a multiple of one as "4*h"
+Extents = Mapping[str, int]  # the varying ones, by name
 TO_GENERATE = ("text_encoder", "conditioner", "denoiser", "vae_decoder_first", "vae_decoder")
 COMPONENTS = (*TO_GENERATE, "vae_encoder_first", "vae_encoder")
 TO_CAPTION = ("captioner_memory", "captioner")  # beside COMPONENTS where the spec has a captioner
+
+
+def sizes(shape: Shape, extents: Extents) -> tuple[int, ...]:
+    """A port's shape where the varying extents are these."""
+    return tuple(
+        math.prod(int(part) if part.isdigit() else extents[part] for part in str(extent).split("*")) for extent in shape
+    )
 
 
 @dataclass(frozen=True)
@@ -43,7 +51,7 @@ class FileRecord:
 
 @dataclass(frozen=True)
 class Component:
-    """One graph: its file, how many parameters it uses, and its ports' shapes (strings name varying extents)."""
+    """One graph: its file, how many parameters it uses, and its ports' shapes."""
 
     graph: str
     parameters: int

@@ -1,13 +1,15 @@
-"""Reads JSON into frozen dataclasses, strictly, and checks what they hold.
+"""Reads JSON and TOML into frozen dataclasses, strictly, and checks what they hold.
 
-Flows in: a type and a parsed JSON value. Flows out: an instance, or a UserError that names the field and its value.
+Flows in: a type and a parsed value. Flows out: an instance, or a UserError that names the field and its value.
 """
 
 from __future__ import annotations
 
 import dataclasses
+import tomllib
 import typing
 from collections.abc import Collection, Mapping
+from pathlib import Path
 from types import UnionType
 from typing import Any, TypeVar
 
@@ -31,8 +33,18 @@ def require_positive(instance: Any, where: str, but: Collection[str] = ()) -> No
 
 
 def read(kind: type[T], value: Any, where: str) -> T:
-    """Converts parsed JSON to `kind`; every field of a dataclass must be there, and no other."""
+    """Converts a parsed value to `kind`; every field of a dataclass must be there, and no other."""
     return typing.cast(T, _read(kind, value, where))
+
+
+def read_toml(path: Path) -> dict[str, Any]:
+    """A TOML file's table. Raises UserError when it cannot be read."""
+    try:
+        return tomllib.loads(path.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise UserError(f"cannot read {path}: {error.strerror}") from error
+    except (UnicodeDecodeError, tomllib.TOMLDecodeError, RecursionError) as error:
+        raise UserError(f"{path} is not TOML: {error}; mend it") from error
 
 
 def _read(kind: Any, value: Any, where: str) -> Any:
@@ -47,9 +59,9 @@ def _read(kind: Any, value: Any, where: str) -> Any:
     if origin is Mapping:
         require(isinstance(value, dict), f"{where} must be an object, is {value!r}")
         return {name: _read(arguments[1], entry, f"{where}.{name}") for name, entry in value.items()}
-    if kind is float and type(value) is int:
-        value = float(value)
     kinds = arguments if origin is UnionType else (kind,)
+    if float in kinds and type(value) is int:
+        value = float(value)
     if value is not None and dataclasses.is_dataclass(kinds[0]):  # a part that may be absent
         return _read_dataclass(kinds[0], value, where)
     require(type(value) in kinds, f"{where} must be {' or '.join(k.__name__ for k in kinds)}, is {value!r}")

@@ -1,16 +1,19 @@
-"""What several test files share: small specs, the embedded pipeline, and a checkpoint made from the embedded bundle."""
+"""What several test files share: small specs, the embedded pipeline, a checkpoint made from it, the command line."""
 
 from __future__ import annotations
 
 import dataclasses
 import json
 import shutil
+import signal
+import sys
 from pathlib import Path
 
 import pytest
 
 from tubelet.runtime import EMBEDDED, Bundle, Pipeline
 from tubelet.runtime.bundle import TOKENIZER, WEIGHTS
+from tubelet.runtime.cli import main
 from tubelet.runtime.spec import ModelSpec
 
 
@@ -39,3 +42,28 @@ def checkpoint(tmp_path: Path, spec: ModelSpec) -> Path:
         shutil.copyfile(EMBEDDED / name, folder / name)
     (folder / "spec.json").write_text(json.dumps(dataclasses.asdict(spec)))
     return folder
+
+
+class Result:
+    def __init__(self, code: int, out: str, err: str):
+        self.code, self.out, self.err = code, out, err
+
+
+@pytest.fixture
+def tubelet(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: Path):
+    """Runs the command line in this process, in a folder of its own."""
+    monkeypatch.chdir(tmp_path)
+
+    def run(*arguments: str) -> Result:
+        monkeypatch.setattr(sys, "argv", ["tubelet", *arguments])
+        handlers = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)}
+        try:
+            with pytest.raises(SystemExit) as stop:
+                main()
+        finally:
+            for number, handler in handlers.items():
+                signal.signal(number, handler)
+        captured = capsys.readouterr()
+        return Result(int(stop.value.code or 0), captured.out, captured.err)
+
+    return run

@@ -18,37 +18,11 @@ import numpy as np
 import pytest
 
 from tubelet.runtime import VideoWriter, comment
-from tubelet.runtime.cli import main
 from tubelet.runtime.recipe import Recipe
 from tubelet.runtime.video import read_frames
 
 PROMPT = "a red circle moves right on a white background"
 SMALL = ["--width", "48", "--height", "48", "--frames", "9", "--steps", "2"]
-
-
-class Result:
-    def __init__(self, code: int, out: str, err: str):
-        self.code, self.out, self.err = code, out, err
-
-
-@pytest.fixture
-def tubelet(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: Path):
-    """Runs the command line in this process, in a folder of its own."""
-    monkeypatch.chdir(tmp_path)
-
-    def run(*arguments: str) -> Result:
-        monkeypatch.setattr(sys, "argv", ["tubelet", *arguments])
-        handlers = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)}
-        try:
-            with pytest.raises(SystemExit) as stop:
-                main()
-        finally:
-            for number, handler in handlers.items():
-                signal.signal(number, handler)
-        captured = capsys.readouterr()
-        return Result(int(stop.value.code or 0), captured.out, captured.err)
-
-    return run
 
 
 def test_generate_writes_the_video_and_says_so(tubelet, tmp_path: Path) -> None:

@@ -6,6 +6,8 @@ pytest tests/test_layout.py
 from __future__ import annotations
 
 import ast
+import subprocess
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -29,7 +31,17 @@ def test_the_folders_are_no_packages_of_their_own() -> None:
 
 
 def test_only_the_command_line_knows_the_exporter() -> None:
-    assert [i for i in imports("runtime") if i[1].startswith("tubelet.export")] == [
-        ("runtime/cli/bundles.py", "tubelet.export.build")
-    ]
+    knowing = {file for file, module in imports("runtime") if module.startswith("tubelet.export")}
+    assert knowing == {"runtime/cli/bundles.py", "runtime/cli/fleet.py", "runtime/cli/profiles.py"}
     assert not [i for i in imports("runtime") if i[1].split(".")[0] in ("torch", "onnx", "onnx_ir")]
+
+
+def test_the_command_line_loads_no_exporter_and_planning_no_torch() -> None:
+    code = """if True:
+        import sys
+        import tubelet.runtime.cli
+        assert not [name for name in sys.modules if name.startswith("tubelet.export")]
+        import tubelet.export.fleet
+        assert not {"torch", "onnx", "onnx_ir", "onnxruntime"} & set(sys.modules)
+    """
+    subprocess.run([sys.executable, "-c", code], check=True)

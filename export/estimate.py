@@ -1,0 +1,104 @@
+"""What a compiled component is expected to take: memory, the size of its plan, the time to build it.
+
+Flows in: a manifest, a component's name, its profiles. Flows out: bytes and seconds, all estimates: before a plan is
+built only its weights are known. Needs no torch.
+
+    activations = 2 bytes * (values of all inputs and outputs + values alive at the widest moment inside)
+    plan        = weights + profiles * blocks * 1.5 MB
+    build time  = profiles * blocks * 1.5 s
+
+An engine's activations are those of its profile's greatest extents.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+
+from tubelet.runtime.bundle import Component, Extents, sizes
+from tubelet.runtime.profiles import Profile
+from tubelet.runtime.spec import ModelSpec
+
+VALUE_BYTES = 2  # activations are fp16 or bf16 whatever the weights are
+PROFILE_BYTES = 1_500_000  # a block a profile; 1.3 to 1.6 MB with TensorRT-RTX 1.7 and a denoiser's blocks
+PROFILE_SECONDS = 1.5  # a block a profile, likewise
+
+
+@dataclass(frozen=True)
+class Kind:
+    """How many blocks a component has, and how many values are alive at its widest moment."""
+
+    blocks: Callable[[ModelSpec], int]
+    inside: Callable[[ModelSpec, Extents], int]
+
+
+def plan_growth(spec: ModelSpec, component: str, profiles: int) -> int:
+    """Bytes that this many profiles add to a component's weights."""
+    return profiles * KINDS[component].blocks(spec) * PROFILE_BYTES
+
+
+def build_seconds(spec: ModelSpec, component: str, profiles: int) -> float:
+    return profiles * KINDS[component].blocks(spec) * PROFILE_SECONDS
+
+
+def weight_bytes(component: Component, bytes_each: float) -> int:
+    return math.ceil(component.parameters * bytes_each)
+
+
+def activation_bytes(spec: ModelSpec, name: str, component: Component, profile: Profile) -> int:
+    """Inputs, outputs and what is alive inside, at the profile's greatest extents."""
+    extents = {extent: values.max for extent, values in profile.items()}
+    ports = (*component.inputs.values(), *component.outputs.values())
+    values = sum(math.prod(sizes(port, extents)) for port in ports) + KINDS[name].inside(spec, extents)
+    return VALUE_BYTES * values
+
+
+def _transformer(width: int, hidden: int) -> int:
+    """Values a token: residual, normed input, q, k, v, attention's output; or the first two and the FFN's hidden."""
+    return max(6 * width, 2 * width + hidden)
+
+
+def _text_encoder(spec: ModelSpec, extents: Extents) -> int:
+    text = spec.text_encoder
+    a_token = max(2 * text.width + 4 * text.heads * text.head_size, 2 * text.width + 2 * text.ffn_width)
+    scores = text.heads * extents["L"]  # its position bias is added to every score
+    return extents["B"] * extents["L"] * (a_token + scores)
+
+
+def _denoiser(spec: ModelSpec, extents: Extents) -> int:
+    return extents["B"] * extents["N"] * _transformer(spec.denoiser.width, spec.denoiser.ffn_width)
+
+
+def _vae(spec: ModelSpec, extents: Extents) -> int:
+    """A block at the finest resolution: residual, normed input, and that with its past."""
+    vae = spec.vae
+    frames = extents["t"] * vae.temporal_factor if "t" in extents else 1
+    scale = vae.spatial_factor // vae.pixel_patch
+    return 3 * max(vae.widths[:2]) * frames * extents["B"] * extents["h"] * scale * extents["w"] * scale
+
+
+def _captioner(spec: ModelSpec, extents: Extents) -> int:
+    assert spec.captioner is not None
+    return extents["B"] * extents["N"] * _transformer(spec.captioner.width, spec.captioner.ffn_width)
+
+
+def _word(spec: ModelSpec, extents: Extents) -> int:
+    assert spec.captioner is not None
+    return extents["B"] * _transformer(spec.captioner.width, spec.captioner.ffn_width)
+
+
+_DECODER = Kind(lambda spec: len(spec.vae.widths) * spec.vae.decoder_blocks, _vae)
+_ENCODER = Kind(lambda spec: len(spec.vae.widths) * spec.vae.encoder_blocks, _vae)
+
+KINDS: Mapping[str, Kind] = {
+    "text_encoder": Kind(lambda spec: spec.text_encoder.depth, _text_encoder),
+    "conditioner": Kind(lambda spec: spec.denoiser.depth, lambda spec, e: 3 * e["B"] * e["L"] * spec.denoiser.width),
+    "denoiser": Kind(lambda spec: spec.denoiser.depth, _denoiser),
+    "vae_decoder_first": _DECODER,
+    "vae_decoder": _DECODER,
+    "vae_encoder_first": _ENCODER,
+    "vae_encoder": _ENCODER,
+    "captioner_memory": Kind(lambda spec: spec.captioner.encoder_depth if spec.captioner else 0, _captioner),
+    "captioner": Kind(lambda spec: spec.captioner.decoder_depth if spec.captioner else 0, _word),
+}

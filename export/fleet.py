@@ -1,0 +1,222 @@
+"""A fleet, its models and its traffic -> which plans to build on which machines, and what fits where.
+
+    traffic = "traffic.toml"     # paths are relative to this file
+    models = ["wan"]             # bundle folders
+    max_profiles = 4             # of one engine
+
+    [[sku]]
+    name = "L4"
+    architecture = "sm89"
+    memory_gb = 24               # as on the card's name, 10^9 bytes; what it has beyond that is CUDA's
+    count = 12
+    precision = "fp8"            # of the denoiser; below 16 bits all else is bf16, before sm80 fp16
+
+Flows in: fleet.toml, the bundles and the traffic that it names. Flows out: a FleetPlan, data to build and check by.
+Needs no torch and no compiler; knows nothing of how a plan is built.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from tubelet.runtime.bundle import Bundle, Component
+from tubelet.runtime.errors import UserError
+from tubelet.runtime.profiles import Profile
+from tubelet.runtime.spec import ModelSpec
+from tubelet.runtime.strict import read, read_toml, require, require_positive
+
+from .estimate import activation_bytes, build_seconds, plan_growth, weight_bytes
+from .profiles import Choice, Outside, choose
+from .traffic import read_traffic
+
+TARGETS = {  # by architecture
+    **dict.fromkeys(("sm75", "sm80", "sm86", "sm89", "sm120", "sm121"), "rtx"),
+    **dict.fromkeys(("sm90", "sm100"), "tensorrt"),
+}
+
+
+@dataclass(frozen=True)
+class Precision:
+    bytes_each: float  # of a weight, its scales among them
+    architectures: tuple[str, ...]
+
+
+PRECISIONS = {
+    "fp16": Precision(2, tuple(TARGETS)),
+    "bf16": Precision(2, tuple(name for name in TARGETS if name != "sm75")),
+    "int8": Precision(1, tuple(TARGETS)),
+    "fp8": Precision(1, ("sm89", "sm90", "sm100", "sm120", "sm121")),
+    "nvfp4": Precision(9 / 16, ("sm100", "sm120", "sm121")),  # 4 bits, and 8 for each 16 weights
+}
+
+
+@dataclass(frozen=True)
+class Sku:
+    """One kind of machine."""
+
+    name: str
+    architecture: str
+    memory_gb: float
+    count: int
+    precision: str
+
+    def __post_init__(self) -> None:
+        require_positive(self, "sku")
+        _require_one_of("sku.architecture", self.architecture, TARGETS)
+        _require_one_of("sku.precision", self.precision, PRECISIONS)
+        have = [name for name, precision in PRECISIONS.items() if self.architecture in precision.architectures]
+        require(
+            self.precision in have,
+            f"sku.precision {self.precision} is not there on {self.architecture}; choose from {', '.join(have)}",
+        )
+
+    @property
+    def target(self) -> str:
+        return TARGETS[self.architecture]
+
+    def precision_of(self, component: str) -> str:
+        """Only the denoiser goes below 16 bits."""
+        if component == "denoiser" or PRECISIONS[self.precision].bytes_each == 2:
+            return self.precision
+        return "bf16" if self.architecture in PRECISIONS["bf16"].architectures else "fp16"
+
+
+@dataclass(frozen=True)
+class Fleet:
+    """What fleet.toml says."""
+
+    traffic: str
+    models: tuple[str, ...]
+    max_profiles: int
+    sku: tuple[Sku, ...]
+
+    def __post_init__(self) -> None:
+        require_positive(self, "fleet")
+        names = [sku.name for sku in self.sku]
+        for what, values in (("models", self.models), ("sku names", names)):
+            require(
+                len(values) == len(set(values)) > 0,
+                f"fleet's {what} must be one or more, each once; they are {', '.join(values) or 'none'}",
+            )
+
+
+@dataclass(frozen=True)
+class Build:
+    """One plan: for TensorRT-RTX all architectures of a precision together, for TensorRT one SKU's."""
+
+    model: str  # as fleet.toml names it
+    component: str
+    target: str
+    precision: str
+    architectures: tuple[str, ...]
+    machine: str | None  # the SKU that it must be built on; None: any machine with TensorRT-RTX, and no GPU needed
+    skus: tuple[str, ...]  # that load it
+    profiles: tuple[Profile, ...]
+    plan_bytes: int
+    seconds: float  # beyond compiling the first profile's kernels
+
+
+@dataclass(frozen=True)
+class Cell:
+    """One component on one SKU in one profile: what the machine's memory then holds.
+
+    That is the weights of every component of the model, and this component's activations.
+    """
+
+    model: str
+    component: str
+    sku: str
+    profile: int
+    memory_bytes: int
+    fits: bool
+
+
+@dataclass(frozen=True)
+class FleetPlan:
+    fleet: Fleet
+    builds: tuple[Build, ...]
+    cells: tuple[Cell, ...]
+    outside: Mapping[str, tuple[Outside, ...]]  # by model: shapes of the traffic that it cannot serve
+
+    @property
+    def complete(self) -> bool:
+        """Whether every cell fits and every shape of the traffic is served."""
+        return all(cell.fits for cell in self.cells) and not any(self.outside.values())
+
+    def disk_bytes(self, sku: str) -> int:
+        """All plans that one machine of a SKU loads."""
+        return sum(build.plan_bytes for build in self.builds if sku in build.skus)
+
+
+def read_fleet(path: Path) -> Fleet:
+    """Raises UserError that names the file, the field, what is wrong and its value."""
+    value = read_toml(path)
+    try:
+        return read(Fleet, value, "fleet")
+    except UserError as error:
+        raise UserError(f"{path}: {error}") from error
+
+
+def plan_fleet(path: Path) -> FleetPlan:
+    """The plans to build and every cell of component x SKU x profile.
+
+    Raises UserError when the fleet, its traffic or a bundle cannot be read, or a model serves none of the traffic.
+    """
+    fleet, folder = read_fleet(path), path.parent
+    builds: list[Build] = []
+    cells: list[Cell] = []
+    outside = {}
+    for model in fleet.models:
+        bundle = Bundle.open(folder / model)
+        spec, components = bundle.spec, bundle.manifest.components
+        choice = choose(spec, read_traffic(folder / fleet.traffic, spec), fleet.max_profiles)
+        for name, component in components.items():
+            builds += _builds(spec, model, name, component, choice.profiles[name], fleet.sku)
+        for sku in fleet.sku:
+            cells += _cells(spec, model, components, choice, sku)
+        outside[model] = choice.outside
+    return FleetPlan(fleet, tuple(builds), tuple(cells), outside)
+
+
+def _builds(
+    spec: ModelSpec, model: str, name: str, component: Component, profiles: Sequence[Profile], skus: Sequence[Sku]
+) -> list[Build]:
+    """The plans of one component, each for as many SKUs as it can serve."""
+    shared: dict[tuple[str, str, str | None], list[Sku]] = {}
+    for sku in skus:
+        machine = None if sku.target == "rtx" else sku.name
+        shared.setdefault((sku.target, sku.precision_of(name), machine), []).append(sku)
+    return [
+        Build(
+            model=model,
+            component=name,
+            target=target,
+            precision=precision,
+            architectures=tuple(sorted({sku.architecture for sku in group}, key=list(TARGETS).index)),
+            machine=machine,
+            skus=tuple(sku.name for sku in group),
+            profiles=tuple(profiles),
+            plan_bytes=weight_bytes(component, PRECISIONS[precision].bytes_each)
+            + plan_growth(spec, name, len(profiles)),
+            seconds=build_seconds(spec, name, len(profiles)),
+        )
+        for (target, precision, machine), group in shared.items()
+    ]
+
+
+def _cells(spec: ModelSpec, model: str, components: Mapping[str, Component], choice: Choice, sku: Sku) -> list[Cell]:
+    weights = sum(
+        weight_bytes(component, PRECISIONS[sku.precision_of(name)].bytes_each) for name, component in components.items()
+    )
+    cells = []
+    for name, component in components.items():
+        for index, profile in enumerate(choice.profiles[name]):
+            memory = weights + activation_bytes(spec, name, component, profile)
+            cells.append(Cell(model, name, sku.name, index, memory, memory <= sku.memory_gb * 10**9))
+    return cells
+
+
+def _require_one_of(name: str, value: str, known: Mapping[str, object]) -> None:
+    require(value in known, f"{name} must be one of {', '.join(known)}, is {value!r}")

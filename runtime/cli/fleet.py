@@ -1,0 +1,78 @@
+"""`tubelet fleet plan`: what a fleet needs built, where, and whether it fits."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections import Counter
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+from rich.filesize import decimal
+from rich.table import Table
+
+from .app import app, out
+from .profiles import describe, print_outside
+
+if TYPE_CHECKING:
+    from tubelet.export.fleet import FleetPlan  # noqa: TID251 loaded by the command alone
+
+fleet = typer.Typer(no_args_is_help=True, help="Plans what a fleet of machines needs built.")
+app.add_typer(fleet, name="fleet")
+
+
+@fleet.command()
+def plan(
+    file: Annotated[Path, typer.Argument(help="fleet.toml: see docs/compile.md.")],
+    *,
+    as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object instead of tables.")] = False,
+) -> None:
+    """Print every plan to build and every component x SKU x profile. Exits with 1 if not all can be served."""
+    from tubelet.export.fleet import plan_fleet  # noqa: TID251 needs no torch
+
+    planned = plan_fleet(file)
+    if as_json:
+        out.print_json(data={**dataclasses.asdict(planned), "complete": planned.complete})
+    else:
+        _print(planned)
+    if not planned.complete:
+        raise typer.Exit(1)
+
+
+def _print(planned: FleetPlan) -> None:
+    for model in planned.fleet.models:
+        out.print(_matrix(planned, model))
+    builds = Table("model", "component", "target", "precision", "architectures", "build on", "plan", title="Builds")
+    for build in planned.builds:
+        builds.add_row(
+            *(build.model, build.component, build.target, build.precision, " ".join(build.architectures)),
+            *(build.machine or "here", decimal(build.plan_bytes)),
+        )
+    machines = Table("SKU", "count", "architecture", "memory", "plans on disk", "in all", title="Machines")
+    for sku in planned.fleet.sku:
+        disk = planned.disk_bytes(sku.name)
+        machines.add_row(
+            *(sku.name, str(sku.count), sku.architecture, f"{sku.memory_gb:g} GB"),
+            *(decimal(disk), decimal(disk * sku.count)),
+        )
+    out.print(builds, machines)
+    for model, outside in planned.outside.items():
+        print_outside(outside, f"outside {model}")
+    for machine, count in Counter(build.machine for build in planned.builds).items():
+        out.print(f"{count} plans can be built {f'only on {machine}' if machine else 'here'}", markup=False)
+    fitting = sum(cell.fits for cell in planned.cells)
+    out.print(f"{fitting} of {len(planned.cells)} cells fit into their machine's memory")
+
+
+def _matrix(planned: FleetPlan, model: str) -> Table:
+    """Memory of every component and profile, a column for each SKU."""
+    skus = [sku.name for sku in planned.fleet.sku]
+    profiles = {build.component: build.profiles for build in planned.builds if build.model == model}
+    cells = {(cell.component, cell.profile, cell.sku): cell for cell in planned.cells if cell.model == model}
+    table = Table("component", "profile", *skus, title=f"Memory of {model}")
+    for component, chosen in profiles.items():
+        for index, profile in enumerate(chosen):
+            row = [cells[component, index, sku] for sku in skus]
+            held = (decimal(cell.memory_bytes) + ("" if cell.fits else " [red]too big[/red]") for cell in row)
+            table.add_row(component, describe(profile), *held)
+    return table
