@@ -73,21 +73,21 @@ void rope3d(nb::handle cos, nb::handle sin, tubelet::Triple grid, int64_t head_d
             tubelet::RealTriple offset, tubelet::RealTriple ntk) {
     const Out c("cos", cos), s("sin", sin);
     nb::gil_scoped_release released;
-    tubelet::rope3d(c.array, s.array, grid, head_dim, theta, offset, ntk);
+    tubelet::launch_rope3d(tubelet::rope3d(c.array, s.array, grid, head_dim, theta, offset, ntk));
 }
 
 void pack(nb::handle tokens, nb::handle latent, tubelet::Triple patch) {
     const Out to("tokens", tokens);
     const In from("latent", latent);
     nb::gil_scoped_release released;
-    tubelet::pack(to.array, from.array, patch);
+    tubelet::launch_pack(tubelet::pack(to.array, from.array, patch));
 }
 
 void unpack(nb::handle latent, nb::handle tokens, tubelet::Triple patch) {
     const Out to("latent", latent);
     const In from("tokens", tokens);
     nb::gil_scoped_release released;
-    tubelet::unpack(to.array, from.array, patch);
+    tubelet::launch_unpack(tubelet::unpack(to.array, from.array, patch));
 }
 
 void guided_step(nb::sequence state, nb::handle velocity, nb::handle tokens, nb::handle matrix, double guidance,
@@ -103,8 +103,8 @@ void guided_step(nb::sequence state, nb::handle velocity, nb::handle tokens, nb:
     const Out to("tokens", tokens);
     const OptionalIn k("known", known), c("clean", clean), n("noise", noise);
     nb::gil_scoped_release released;
-    tubelet::guided_step(arrays, v.array, to.array, m.array, guidance, k.array, c.array, n.array, clean_scale,
-                         noise_scale);
+    tubelet::launch_guided_step(tubelet::guided_step(arrays, v.array, to.array, m.array, guidance, k.array, c.array,
+                                                     n.array, clean_scale, noise_scale));
 }
 
 }  // namespace

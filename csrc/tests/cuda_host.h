@@ -1,0 +1,8 @@
+// The CUDA kernels compiled for the host, behind what stands for the driver's launch.
+#pragma once
+
+#include <cstdint>
+
+// Returns 0, or 1 where no kernel has this symbol. grid, block: x, y, z; z is 1.
+extern "C" int tubelet_cuda_host_launch(const char* symbol, const uint32_t* grid, const uint32_t* block,
+                                        const void* arguments);
