@@ -1,13 +1,16 @@
-"""What several test files share: small specs, the embedded pipeline, and a checkpoint made from the embedded bundle."""
+"""What several test files share: small specs, the embedded pipeline, a checkpoint made from the embedded bundle,
+and the CUDA kernels as host code."""
 
 from __future__ import annotations
 
+import ctypes
 import dataclasses
 import json
 import shutil
 from pathlib import Path
 
 import pytest
+from fake_device import load_cuda_host
 
 from tubelet.runtime import EMBEDDED, Bundle, Pipeline
 from tubelet.runtime.bundle import TOKENIZER, WEIGHTS
@@ -39,3 +42,9 @@ def checkpoint(tmp_path: Path, spec: ModelSpec) -> Path:
         shutil.copyfile(EMBEDDED / name, folder / name)
     (folder / "spec.json").write_text(json.dumps(dataclasses.asdict(spec)))
     return folder
+
+
+@pytest.fixture(scope="session")
+def cuda_host(tmp_path_factory: pytest.TempPathFactory) -> ctypes.CDLL:
+    """The CUDA kernels as host code, for a FakeDevice."""
+    return load_cuda_host(tmp_path_factory.mktemp("cuda_host"))
