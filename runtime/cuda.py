@@ -71,7 +71,7 @@ class CudaDevice(Resource):
     def function(self, symbol: str) -> Any:
         """A kernel of the fatbin, which is loaded with the first."""
         if self._library is None:
-            code = _fatbin().read_bytes()
+            code = fatbin().read_bytes()
             self._library = self.call(self.driver.cuLibraryLoadData, code, [], [], 0, [], [], 0)
         if symbol not in self._functions:
             kernel = self.call(self.driver.cuLibraryGetKernel, self._library, symbol.encode())
@@ -168,7 +168,8 @@ def _results(driver: Any, function: Callable[..., tuple[Any, ...]], *arguments: 
     return results[0] if len(results) == 1 else tuple(results)
 
 
-def _fatbin() -> Path:
+def fatbin() -> Path:
+    """The compiled kernels. Raises UserError where tubelet was built without them."""
     extension = find_spec("tubelet.runtime._kernels")
     if extension is None or extension.origin is None:
         raise UserError("the compiled extension is missing: install tubelet where there is a C++ compiler")
