@@ -97,9 +97,9 @@ class CudaBuffer(Resource):
 
 
 class CudaGraph(Resource):
-    def __init__(self, device: CudaDevice, handle: Any):
+    def __init__(self, device: CudaDevice, handle: Any, copied: list[NDArray[Any]]):
         super().__init__(device.release, device.driver.cuGraphExecDestroy, handle)
-        self._device, self._handle = device, handle
+        self._device, self._handle, self._copied = device, handle, copied
 
     def launch(self, stream: Stream) -> None:
         self._device.call(self._device.driver.cuGraphLaunch, self._handle, stream.handle)
@@ -110,11 +110,14 @@ class CudaStream(Resource):
         super().__init__(device.release, device.driver.cuStreamDestroy, handle)
         self.device, self.handle = device, handle
         self._driver = device.driver
+        self._copied: list[NDArray[Any]] = []  # host arrays that queued work needs
 
     def upload(self, pointer: int, host: NDArray[Any]) -> None:
+        self._copied.append(host)
         self.device.call(self._driver.cuMemcpyHtoDAsync, pointer, host.ctypes.data, host.nbytes, self.handle)
 
     def download(self, host: NDArray[Any], pointer: int) -> None:
+        self._copied.append(host)
         self.device.call(self._driver.cuMemcpyDtoHAsync, host.ctypes.data, pointer, host.nbytes, self.handle)
 
     def copy(self, to: int, source: int, size: int) -> None:
@@ -127,24 +130,28 @@ class CudaStream(Resource):
         launch = (*grid, *block, 0, self.handle, ctypes.addressof(parameters), 0)
         self.device.call(self._driver.cuLaunchKernel, function, *launch)
 
-    def capture(self, work: Callable[[], None]) -> Graph:
+    def capture(self, work: Callable[[], object]) -> Graph:
         call, driver = self.device.call, self._driver
         mode = driver.CUstreamCaptureMode.CU_STREAM_CAPTURE_MODE_THREAD_LOCAL
         call(driver.cuStreamBeginCapture, self.handle, mode)
+        queued, self._copied = self._copied, []
         try:
             work()
         except BaseException:
             with contextlib.suppress(DeviceError):  # the capture may be broken already
                 call(driver.cuGraphDestroy, call(driver.cuStreamEndCapture, self.handle))
             raise
+        finally:
+            captured, self._copied = self._copied, queued
         graph = call(driver.cuStreamEndCapture, self.handle)
         try:
-            return CudaGraph(self.device, call(driver.cuGraphInstantiate, graph, 0))
+            return CudaGraph(self.device, call(driver.cuGraphInstantiate, graph, 0), captured)
         finally:
             call(driver.cuGraphDestroy, graph)
 
     def synchronize(self) -> None:
         self.device.call(self._driver.cuStreamSynchronize, self.handle)
+        self._copied.clear()
 
 
 def _initialised_driver() -> Any:

@@ -35,7 +35,11 @@ class Graph(Protocol):
 
 
 class Stream(Protocol):
-    """A queue of work on one device. Host arrays that it copies must stay alive and unchanged until `synchronize`."""
+    """A queue of work on one device.
+
+    Host arrays that it copies must not be changed or read until `synchronize`; the stream keeps them alive until then,
+    and a graph as long as it lives.
+    """
 
     @property
     def device(self) -> Device: ...
@@ -51,7 +55,7 @@ class Stream(Protocol):
         """Queues a kernel of `csrc/cuda`, whose one parameter has these bytes."""
         ...
 
-    def capture(self, work: Callable[[], None]) -> Graph:
+    def capture(self, work: Callable[[], object]) -> Graph:
         """What `work` queues on this stream, as a graph; none of it runs now.
 
         Kernels must have been launched once before, outside a capture.
@@ -132,9 +136,9 @@ class DeviceArray:
     @classmethod
     def empty(cls, device: Device, shape: Sequence[int], dtype: DTypeLike) -> DeviceArray:
         """Allocates; the values are arbitrary."""
-        dtype = np.dtype(dtype)
+        shape, dtype = tuple(map(int, shape)), np.dtype(dtype)
         buffer = device.allocate(math.prod(shape) * dtype.itemsize)
-        return cls(buffer, buffer.pointer, tuple(shape), dtype, _dense(shape, dtype.itemsize))
+        return cls(buffer, buffer.pointer, shape, dtype, _dense(shape, dtype.itemsize))
 
     @classmethod
     def from_host(cls, host: NDArray[Any], stream: Stream) -> DeviceArray:

@@ -46,7 +46,7 @@ def twin(values: NDArray[Any], stream: Stream, shift: int = 0, extra: int = 0) -
     memory = np.random.default_rng(0).integers(0, 256, shift * values.itemsize + size, np.uint8)
     host = np.ndarray(values.shape, values.dtype, memory, shift * values.itemsize, tuple(strides))
     host[...] = values
-    whole = DeviceArray.from_host(memory.copy(), stream)
+    whole = DeviceArray.from_host(memory, stream)
     stream.synchronize()
     start = whole.pointer + shift * values.itemsize
     return Twin(memory, host, DeviceArray(whole.buffer, start, values.shape, values.dtype, tuple(strides)))

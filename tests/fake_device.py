@@ -1,7 +1,7 @@
 """A device without a GPU: the protocols of `tubelet.runtime.memory` on host memory, with the CUDA kernels as host code.
 
-Stricter than a GPU where that shows mistakes: queued work runs only when the stream is waited for (or memory is freed),
-fresh memory holds garbage, and allocating or waiting while a stream is captured is an error. Faults are injected by `Faults`.
+Stricter than a GPU where that shows mistakes: queued work runs only when the stream is waited for or memory is freed,
+fresh memory holds garbage, and allocating or waiting while a stream is captured is an error. `Faults` injects faults.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from numpy.typing import NDArray
 from tubelet.runtime.memory import DeviceError, Extent, MemoryInfo, Resource, Stream
 
 ROOT = Path(__file__).parent.parent
-HOST_LIBRARY = "TUBELET_CUDA_HOST"  # environment: an instrumented library, instead of one compiled here
+HOST_LIBRARY = "TUBELET_CUDA_HOST"  # environment: the folder of an instrumented library, instead of one made here
 _ALIGNMENT = 256  # bytes, as the driver's
 _GARBAGE = 0xA5
 
@@ -30,13 +30,12 @@ _libc.free.argtypes = [ctypes.c_void_p]
 
 
 def load_cuda_host(folder: Path) -> ctypes.CDLL:
-    """The kernels of `csrc/cuda` compiled for the host into a folder."""
-    path = Path(os.environ.get(HOST_LIBRARY, folder / "libtubelet_cuda_host.so"))
-    if not path.exists():
-        flags = ["-std=c++17", "-O2", "-ffp-contract=off", "-shared", "-fPIC"]
-        source = ROOT / "csrc" / "tests" / "cuda_host.cpp"
-        subprocess.run(["c++", *flags, f"-I{ROOT / 'csrc'}", str(source), "-o", str(path)], check=True)
-    return ctypes.CDLL(str(path))
+    """The kernels of `csrc/cuda` as host code, with a driver of host memory: libcuda.so.1, compiled into a folder."""
+    if HOST_LIBRARY not in os.environ:
+        flags = ["-std=c++17", "-O2", "-ffp-contract=off", "-shared", "-fPIC", f"-I{ROOT / 'csrc'}"]
+        sources = [str(ROOT / "csrc" / "tests" / name) for name in ("cuda_host.cpp", "cuda_driver.cpp")]
+        subprocess.run(["c++", *flags, *sources, "-o", str(folder / "libcuda.so.1"), "-ldl"], check=True)
+    return ctypes.CDLL(str(Path(os.environ.get(HOST_LIBRARY, folder)) / "libcuda.so.1"))
 
 
 @dataclass
@@ -144,7 +143,7 @@ class FakeStream(Resource):
         assert self._finalizer.alive, "the stream is closed"
         self._queue.append(work)
 
-    def capture(self, work: Callable[[], None]) -> FakeGraph:
+    def capture(self, work: Callable[[], object]) -> FakeGraph:
         queued, self._queue = self._queue, []
         self.device.capturing = True
         try:

@@ -1,8 +1,8 @@
 """What the CUDA compiler made: the fatbin that is installed beside the extension.
 
-Proves: machine code for every architecture of the targets and PTX for later ones; no kernel spills or uses local memory;
-those that move 16 bytes do it in every access to arrays; the driver's functions that `cuda.py` calls exist. Skipped where
-the extension was built without nvcc, or where cuobjdump and nvdisasm are not installed.
+Proves: machine code for every architecture of the targets and PTX for later ones; no kernel spills or uses local
+memory; those that move 16 bytes do so in every access to arrays; the driver has the functions that `cuda.py` calls;
+the extension links to no CUDA library. Skipped where it was built without nvcc, or cuobjdump and nvdisasm are missing.
 
 Run: pytest tests/test_cuda_build.py
 """
@@ -19,7 +19,7 @@ from pathlib import Path
 
 import pytest
 
-from tubelet.runtime import cuda
+from tubelet.runtime import _kernels, cuda
 from tubelet.runtime.errors import UserError
 
 ROOT = Path(__file__).parent.parent
@@ -67,7 +67,7 @@ def test_no_kernel_spills_or_uses_local_memory() -> None:
 
 
 def test_16_bytes_are_moved_at_once() -> None:
-    """Every access of the wide kernels but one to `known`, and none of the narrow ones; nothing goes to local memory."""
+    """Every access of the wide kernels, but the one to `known`, and none of the narrow ones; all to global memory."""
     code = by_kernel(cuobjdump("--dump-sass"), r"Function : (tubelet_\w+)")
 
     assert set(code) == {(arch, symbol) for arch in ARCHITECTURES for symbol in SYMBOLS}
@@ -85,6 +85,10 @@ def moves_16_bytes(symbol: str) -> bool:
     """From the name's end: bits of an element times elements."""
     bits, count = re.findall(r"(\d+)x(\d+)$", symbol)[0]
     return int(bits) * int(count) == 128
+
+
+def test_the_extension_links_to_no_cuda_library() -> None:
+    assert b"libcud" not in Path(_kernels.__file__).read_bytes()
 
 
 def test_the_driver_has_what_is_called() -> None:

@@ -1,10 +1,11 @@
-"""The CUDA kernels, compiled as host code, give the bits of the NumPy implementation through the whole path but the driver.
+"""The CUDA kernels, compiled as host code, give the bits of the NumPy implementation.
 
 Proves: parity on random shapes, dtypes, misalignments and row strides, with grids of the usual size and of one block;
-16 bytes at a time wherever alignment allows; distances past 2^31 elements; checks before every launch. Under sanitizers:
+16 bytes at a time wherever alignment allows; distances past 2^31 elements; checks before every launch; and that the
+tests for GPUs pass through cuda-python on a driver of host memory. Under sanitizers:
   cmake -B build -DTUBELET_TESTS=ON -DTUBELET_SANITIZE=ON && cmake --build build
-  LD_PRELOAD=$(c++ -print-file-name=libasan.so) ASAN_OPTIONS=detect_leaks=0 \
-    TUBELET_CUDA_HOST=build/libtubelet_cuda_host.so pytest tests/test_kernels_cuda.py
+  LD_PRELOAD="$(c++ -print-file-name=libasan.so) $(c++ -print-file-name=libstdc++.so)" ASAN_OPTIONS=detect_leaks=0 \
+    TUBELET_CUDA_HOST=$PWD/build/cuda_host pytest tests/test_kernels_cuda.py
 
 Run: pytest tests/test_kernels_cuda.py
 """
@@ -13,7 +14,11 @@ from __future__ import annotations
 
 import ctypes
 import mmap
+import os
+import subprocess
+import sys
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 import device_checks as checks
@@ -149,6 +154,19 @@ def test_rows_may_lie_past_32_bits(cuda_host: ctypes.CDLL, channels: int) -> Non
 
     np.testing.assert_array_equal(back, values)
     np.testing.assert_array_equal(memory[3 * apart :][:channels], values[:, 0, 0, 3])
+
+
+# ---- through the driver ----
+
+
+def test_the_tests_for_gpus_pass_on_a_driver_of_host_memory(cuda_host: ctypes.CDLL) -> None:
+    pytest.importorskip("cuda.bindings.driver")
+    environment = os.environ | {"LD_LIBRARY_PATH": str(Path(cuda_host._name).parent)}
+    command = [sys.executable, "-m", "pytest", "-q", str(Path(__file__).parent / "gpu")]
+
+    result = subprocess.run(command, env=environment, text=True, capture_output=True)
+
+    assert result.returncode == 0 and "6 passed, 1 skipped" in result.stdout, result.stdout + result.stderr
 
 
 # ---- errors ----

@@ -15,3 +15,11 @@ extern "C" int tubelet_cuda_host_launch(const char* symbol, const uint32_t* grid
 #undef KERNEL
     return 1;
 }
+
+extern "C" size_t tubelet_cuda_host_arguments(const char* symbol) {
+#define KERNEL(name, Arguments, ...) \
+    if (!std::strcmp(symbol, #name)) return sizeof(Arguments);
+    TUBELET_CUDA_KERNELS(KERNEL)
+#undef KERNEL
+    return 0;
+}
