@@ -28,17 +28,18 @@ class CudaDevice(Resource):
     """One GPU: its primary context, which TensorRT and ONNX Runtime use too."""
 
     def __init__(self, ordinal: int = 0):
-        """Raises UserError where cuda-python, the driver or the GPU is missing."""
+        """Loads the kernels. Raises UserError where they, cuda-python, the driver or the GPU are missing."""
         self.driver = driver = _initialised_driver()
         self._context: Any = None
         try:
             self._device = self.call(driver.cuDeviceGet, ordinal)
         except DeviceError as error:
             raise UserError(f"there is no GPU {ordinal}: {error}") from error
+        code = fatbin().read_bytes()
         self._context = self.call(driver.cuDevicePrimaryCtxRetain, self._device)
-        super().__init__(driver.cuDevicePrimaryCtxRelease, self._device)
+        self._library = self.call(driver.cuLibraryLoadData, code, [], [], 0, [], [], 0)
         self._functions: dict[str, Any] = {}
-        self._library: Any = None
+        super().__init__(_release, driver, self._library, self._device)
 
     @property
     def name(self) -> str:
@@ -69,10 +70,7 @@ class CudaDevice(Resource):
         return CudaStream(self, int(self.call(self.driver.cuStreamCreate, flags)))
 
     def function(self, symbol: str) -> Any:
-        """A kernel of the fatbin, which is loaded with the first."""
-        if self._library is None:
-            code = fatbin().read_bytes()
-            self._library = self.call(self.driver.cuLibraryLoadData, code, [], [], 0, [], [], 0)
+        """A kernel of the fatbin."""
         if symbol not in self._functions:
             kernel = self.call(self.driver.cuLibraryGetKernel, self._library, symbol.encode())
             self._functions[symbol] = self.call(self.driver.cuKernelGetFunction, kernel)
@@ -166,6 +164,11 @@ def _initialised_driver() -> Any:
     except RuntimeError as error:  # cuda-python's, when there is no libcuda to load
         raise UserError(_NO_DRIVER) from error
     return driver
+
+
+def _release(driver: Any, library: Any, device: Any) -> None:
+    driver.cuLibraryUnload(library)
+    driver.cuDevicePrimaryCtxRelease(device)
 
 
 def _results(driver: Any, function: Callable[..., tuple[Any, ...]], *arguments: object) -> Any:

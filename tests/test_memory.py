@@ -8,6 +8,7 @@ Run: pytest tests/test_memory.py
 from __future__ import annotations
 
 import ctypes
+from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 from unittest.mock import MagicMock
@@ -171,6 +172,7 @@ class Driver:
 
 def cuda_device(monkeypatch: pytest.MonkeyPatch, driver: Driver) -> cuda.CudaDevice:
     monkeypatch.setattr(cuda, "import_module", lambda name: driver)
+    monkeypatch.setattr(cuda, "fatbin", lambda: Path(__file__))
     return cuda.CudaDevice()
 
 
@@ -222,4 +224,11 @@ def test_everything_is_released_once_and_with_the_device(monkeypatch: pytest.Mon
     late.close()
 
     assert driver.calls.count("cuMemFree") == 1
-    assert driver.calls.count("cuDevicePrimaryCtxRelease") == 1
+    assert driver.calls.count("cuLibraryUnload") == driver.calls.count("cuDevicePrimaryCtxRelease") == 1
+
+
+def test_a_build_without_nvcc_is_told_so(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    extension = SimpleNamespace(origin=str(tmp_path / "_kernels.so"))
+    monkeypatch.setattr(cuda, "find_spec", lambda name: extension)
+    with pytest.raises(UserError, match=r"kernels.fatbin is missing: tubelet was built without nvcc"):
+        cuda.fatbin()

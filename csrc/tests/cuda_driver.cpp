@@ -132,6 +132,8 @@ EXPORT int cuLibraryLoadData(void** library, const void* code, const int*, void*
     return std::memcmp(code, &kFatbin, sizeof kFatbin) ? kInvalidValue : kSuccess;
 }
 
+EXPORT int cuLibraryUnload(void*) { return kSuccess; }
+
 EXPORT int cuLibraryGetKernel(uintptr_t* kernel, void*, const char* symbol) {
     if (!tubelet_cuda_host_arguments(symbol)) return kNotFound;
     symbols.push_back(symbol);
