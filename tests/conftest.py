@@ -1,7 +1,9 @@
-"""What several test files share: small specs, the embedded pipeline, a checkpoint made from it, the command line."""
+"""What several test files share: small specs, the embedded pipeline, a checkpoint made from it, the command line, and
+the CUDA kernels as host code."""
 
 from __future__ import annotations
 
+import ctypes
 import dataclasses
 import json
 import shutil
@@ -10,6 +12,7 @@ import sys
 from pathlib import Path
 
 import pytest
+from fake_device import load_cuda_host
 
 from tubelet.runtime import EMBEDDED, Bundle, Pipeline
 from tubelet.runtime.bundle import TOKENIZER, WEIGHTS
@@ -67,3 +70,9 @@ def tubelet(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str],
         return Result(int(stop.value.code or 0), captured.out, captured.err)
 
     return run
+
+
+@pytest.fixture(scope="session")
+def cuda_host(tmp_path_factory: pytest.TempPathFactory) -> ctypes.CDLL:
+    """The CUDA kernels as host code, for a FakeDevice."""
+    return load_cuda_host(tmp_path_factory.mktemp("cuda_host"))
