@@ -11,18 +11,19 @@ import importlib
 import os
 import resource
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import onnx_ir as ir
 
-from tubelet.runtime.bundle import record
+from tubelet.runtime.bundle import Shape, record, sizes
 from tubelet.runtime.errors import UserError
-from tubelet.runtime.plans import Compiler, Measured, PlanRecord, Profile, Target, write_record
+from tubelet.runtime.plans import Compiler, Measured, PlanRecord, Target, write_record
+from tubelet.runtime.profiles import Profile
 
-from .compiler_report import HEADER, Report, architectures, parse_report
+from .compiler_report import HEADER, Bounds, Report, architectures, parse_report
 from .errors import CompilerError
 from .precision import Lowered, lower
 
@@ -36,12 +37,28 @@ class Job:
     """What one plan is built from."""
 
     component: str
+    inputs: Mapping[str, Shape]
     graph: Path
     plan: Path
     key: str
     target: Target
     profiles: tuple[Profile, ...]
     budget: int | None  # bytes of device memory for activations
+
+    def bounds(self) -> list[dict[str, Bounds]]:
+        """The least, optimal and greatest shape of every input in each profile."""
+        found = []
+        for profile in self.profiles:
+            least, optimal, greatest = (
+                {name: getattr(extent, bound) for name, extent in profile.items()} for bound in ("min", "opt", "max")
+            )
+            found.append(
+                {
+                    name: (sizes(shape, least), sizes(shape, optimal), sizes(shape, greatest))
+                    for name, shape in self.inputs.items()
+                }
+            )
+        return found
 
     @property
     def size(self) -> int:
@@ -75,7 +92,7 @@ def compile_component(job: Job, scratch: Path, on_step: OnStep = lambda phase, d
     lowered = lower(ir.load(job.graph), job.target.precision, job.target.wide_products)
     ir.save(lowered.model, graph)
     builder, network, _parser = _parse(trt, logger, graph)
-    config = _configure(trt, builder, network, job, on_step)
+    config = _configure(trt, builder, job, on_step)
     with plan.open("wb") as file:
         if not builder.build_serialized_network_to_stream(network, config, _writer(trt, file)):
             raise CompilerError(f"the compiler refused {job.component}: {logger.problems()}")
@@ -87,7 +104,7 @@ def compile_component(job: Job, scratch: Path, on_step: OnStep = lambda phase, d
         target=job.target,
         compiler=compiler_of(job.target),
         dtypes=report.dtypes,
-        profiles=report.profiles,
+        profiles=job.profiles,
         file=record(plan),
         measured=Measured(
             weights_bytes=report.weights_bytes,
@@ -115,7 +132,7 @@ def verify(job: Job, lowered: Lowered, report: Report, plan: Path) -> None:
         claims.append(("architectures", architectures(header, size), job.target.architectures))
     claims += [
         ("types of inputs and outputs", report.dtypes, lowered.dtypes),
-        ("profiles", [dict(p) for p in report.profiles], [dict(p) for p in job.profiles]),
+        ("profiles", list(report.profiles), job.bounds()),
         (
             "fused attentions",
             sum(layer.is_attention for layer in report.layers),
@@ -153,7 +170,7 @@ def _parse(trt: Any, logger: Any, graph: Path) -> tuple[Any, Any, Any]:
     return builder, network, parser
 
 
-def _configure(trt: Any, builder: Any, network: Any, job: Job, on_step: OnStep) -> Any:
+def _configure(trt: Any, builder: Any, job: Job, on_step: OnStep) -> Any:
     config = builder.create_builder_config()
     config.profiling_verbosity = trt.ProfilingVerbosity.DETAILED
     config.clear_flag(trt.BuilderFlag.TF32)  # what is float32 in a narrow graph is so for its precision
@@ -162,15 +179,12 @@ def _configure(trt: Any, builder: Any, network: Any, job: Job, on_step: OnStep) 
         config.set_memory_pool_limit(trt.MemoryPoolType.WORKSPACE, job.budget)
     if hasattr(trt.BuilderFlag, "REQUIRE_USER_ALLOCATION"):
         config.set_flag(trt.BuilderFlag.REQUIRE_USER_ALLOCATION)
-    for profile in job.profiles:
-        added = builder.create_optimization_profile()
-        for index in range(network.num_inputs):
-            name = network.get_input(index).name
-            if name not in profile:
-                raise CompilerError(f"{job.component}: no profile names its input {name}")
-            added.set_shape(name, *profile[name])
-        if config.add_optimization_profile(added) < 0:
-            raise CompilerError(f"{job.component}: the compiler refused the profile {dict(profile)}")
+    for bounds in job.bounds():
+        profile = builder.create_optimization_profile()
+        for name, shapes in bounds.items():
+            profile.set_shape(name, *shapes)
+        if config.add_optimization_profile(profile) < 0:
+            raise CompilerError(f"{job.component}: the compiler refused the profile {bounds}")
     if hasattr(config, "set_compute_capability"):
         config.num_compute_capabilities = len(job.target.architectures)
         for index, name in enumerate(job.target.architectures):

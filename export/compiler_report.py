@@ -10,12 +10,13 @@ import struct
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from tubelet.runtime.plans import ARCHITECTURES, Profile, Range
+from tubelet.runtime.plans import ARCHITECTURES
 
 from .errors import CompilerError
 
 HEADER = struct.Struct("<4s12xQ8sQ16xQ")  # magic, bytes of the plan, version, architecture mask, bytes of weights
 MAGIC = b"vtrt"
+Bounds = tuple[tuple[int, ...], tuple[int, ...], tuple[int, ...]]  # least, optimal and greatest shape of an input
 TYPES = {"Float": "fp32", "Half": "fp16", "BFloat16": "bf16", "Int64": "int64", "Int32": "int32", "Bool": "bool"}
 ATTENTION = re.compile(r"_mha_|fmha|flash_att", re.IGNORECASE)
 PRODUCT_TYPES = frozenset({"gemm", "correlation", "conv"})
@@ -44,7 +45,7 @@ class Layer:
 class Report:
     layers: tuple[Layer, ...]  # of all profiles
     dtypes: dict[str, str]  # of inputs and outputs
-    profiles: tuple[Profile, ...]
+    profiles: tuple[dict[str, Bounds], ...]  # by input
     activation_bytes: tuple[int, ...]  # by profile
     weights_bytes: int
 
@@ -73,7 +74,7 @@ def parse_report(lines: Sequence[str]) -> Report:
         dtypes[name] = TYPES.get(dtype, dtype)
         shapes = re.findall(r"MinShape: \[([\d,]*)\], OptShape: \[([\d,]*)\], MaxShape: \[([\d,]*)\]", rest)
         if shapes:
-            ranges[name] = [_range(found) for found in shapes]
+            ranges[name] = [_bounds(found) for found in shapes]
     count = max((len(found) for found in ranges.values()), default=0)
     return Report(
         layers=tuple(_layer(line) for line in layers.splitlines() if line.startswith("Name: ")),
@@ -91,6 +92,6 @@ def _layer(line: str) -> Layer:
     return Layer(name, kind, tuple(TYPES.get(t, t) for t in re.findall(r"Datatype: (\w+)", inputs)))
 
 
-def _range(found: tuple[str, ...]) -> Range:
+def _bounds(found: tuple[str, ...]) -> Bounds:
     least, optimal, greatest = (tuple(int(n) for n in shape.split(",") if n) for shape in found)
     return least, optimal, greatest

@@ -1,7 +1,7 @@
 """A bundle + a target -> all plans that are missing, built by parallel processes.
 
-Flows in: a bundle, a target and profiles by component. Flows out: plans beside their records. A plan whose key matches is
-kept, so that an interrupted build goes on where it was; what was being built then leaves nothing.
+Flows in: a bundle, a target and profiles by component. Flows out: plans beside their records. A plan whose key matches
+is kept, so that an interrupted build goes on where it was; what was being built then leaves nothing.
 """
 
 from __future__ import annotations
@@ -10,7 +10,7 @@ import multiprocessing
 import shutil
 import signal
 import tempfile
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from concurrent.futures import Future, ProcessPoolExecutor, wait
 from concurrent.futures.process import BrokenProcessPool
 from dataclasses import dataclass
@@ -19,7 +19,8 @@ from typing import Any
 
 from tubelet.runtime.bundle import WEIGHTS, Bundle
 from tubelet.runtime.errors import UserError
-from tubelet.runtime.plans import FOLDER, PlanRecord, Profile, Target, is_whole, plan_key, plan_path, read_record
+from tubelet.runtime.plans import FOLDER, PlanRecord, Target, is_whole, plan_key, plan_path, read_record
+from tubelet.runtime.profiles import Profiles
 
 from .compile import Job, compile_component, compiler_of
 from .errors import CompilerError
@@ -38,7 +39,7 @@ class Event:
 def build_engines(
     bundle: Bundle,
     target: Target,
-    profiles: Mapping[str, Sequence[Profile]],
+    profiles: Profiles,
     workers: int,
     budget: int | None = None,
     on_event: Callable[[Event], None] = lambda event: None,
@@ -59,7 +60,8 @@ def build_engines(
             built.append(known)
             on_built(known, True)
         else:
-            jobs.append(Job(component, bundle.graph(component), plan, key, target, tuple(wanted), budget))
+            inputs = bundle.manifest.components[component].inputs
+            jobs.append(Job(component, inputs, bundle.graph(component), plan, key, target, tuple(wanted), budget))
     if jobs:
         jobs.sort(key=lambda job: job.size, reverse=True)  # the longest first
         built += _build(bundle, jobs, workers, on_event, lambda record: on_built(record, False))

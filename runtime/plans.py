@@ -19,6 +19,7 @@ from pathlib import Path
 from .atomic import temporary_beside
 from .bundle import SCHEMA, WEIGHTS, Bundle, FileRecord, record
 from .errors import UserError
+from .profiles import Profile, Range
 from .strict import read
 
 FOLDER = "engines"
@@ -28,9 +29,6 @@ ARCHITECTURES = {
     "rtx": ("sm75", "sm80", "sm86", "sm89", "sm120", "sm121"),
     "tensorrt": ("sm75", "sm80", "sm86", "sm89", "sm90", "sm100", "sm120"),
 }
-
-Range = tuple[tuple[int, ...], tuple[int, ...], tuple[int, ...]]  # least, optimal and greatest shape of an input
-Profile = Mapping[str, Range]
 
 
 @dataclass(frozen=True)
@@ -121,7 +119,7 @@ def plan_key(
         "weights": files[WEIGHTS].sha256,
         "target": dataclasses.asdict(target),
         "compiler": dataclasses.asdict(compiler),
-        "profiles": [dict(profile) for profile in profiles],
+        "profiles": [{name: vars(extent) for name, extent in profile.items()} for profile in profiles],
         "budget": budget,
     }
     return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
