@@ -98,9 +98,9 @@ class _Lowering:
             if any(value in dependent for value in inputs):
                 dependent |= set(node.outputs)
         data = node.inputs[:1] if node.op_type == "Resize" else node.inputs  # a Resize's scales are always float32
-        floats = [value for value in data if value is not None and value.dtype in (FLOAT, self.narrow)]
+        floats = [value for value in data if value is not None and value.dtype in TYPES.values()]
         if all(value in self.fixed for value in inputs):
-            self.fixed |= set(node.outputs)
+            self._lower_fixed(node, floats)
             return
         if not floats:
             return
@@ -121,6 +121,18 @@ class _Lowering:
             kept = self._typed(sum_, self.narrow)
             for use in uses:
                 use.node.replace_input_with(use.idx, kept)
+
+    def _lower_fixed(self, node: ir.Node, floats: list[ir.Value]) -> None:
+        """What is computed from weights and constants is float32; a weight that only turns keeps its stored type."""
+        self.fixed |= set(node.outputs)
+        if node.op_type == "Transpose":
+            weight = self._stored(floats[0])
+            node.replace_input_with(0, weight)
+            node.outputs[0].type = weight.type
+            return
+        for index, value in enumerate(node.inputs):
+            if value in floats:
+                node.replace_input_with(index, self._typed(value, FLOAT))
 
     def _fuse(self, node: ir.Node) -> None:
         """Marks an attention that no fused kernel computes: TensorRT takes it apart."""
@@ -151,10 +163,7 @@ class _Lowering:
 
     def _typed(self, value: ir.Value, dtype: ir.DataType) -> ir.Value:
         """The value in this type: itself, or through a cast that is shared by all who need it."""
-        source = value
-        producer = value.producer()
-        if value in self.fixed and producer is not None and producer.op_type == "Cast":
-            source = producer.inputs[0] or value  # the stored weight
+        source = self._stored(value)
         if source.dtype == dtype:
             return source
         if (source, dtype) not in self.casts:
@@ -171,6 +180,13 @@ class _Lowering:
                 if value in dependent:
                     dependent.add(output)
         return self.casts[source, dtype]
+
+    def _stored(self, value: ir.Value) -> ir.Value:
+        """What the weights file holds, where the value is a weight that was cast; else the value."""
+        producer = value.producer()
+        if value in self.fixed and producer is not None and producer.op_type == "Cast":
+            return producer.inputs[0] or value
+        return value
 
     @staticmethod
     def _rename(value: ir.Value, contract: ir.Value) -> ir.Value:
