@@ -18,14 +18,15 @@ from typing import Any
 
 import onnx_ir as ir
 
-from tubelet.runtime.bundle import Shape, record, sizes
+from tubelet.runtime.bundle import Shape, record
 from tubelet.runtime.errors import UserError
 from tubelet.runtime.plans import Compiler, Measured, PlanRecord, Target, write_record
 from tubelet.runtime.profiles import Profile
 
-from .compiler_report import HEADER, Bounds, Report, architectures, parse_report
+from .compiler_report import HEADER, Report, architectures, parse_report
 from .errors import CompilerError
 from .precision import Lowered, lower
+from .profiles import Bounds, input_shapes
 
 MODULES = {"rtx": "tensorrt_rtx", "tensorrt": "tensorrt"}
 NO_DRIVER = "cudaError 35"  # logged throughout on a machine without a GPU, where it means nothing
@@ -47,18 +48,7 @@ class Job:
 
     def bounds(self) -> list[dict[str, Bounds]]:
         """The least, optimal and greatest shape of every input in each profile."""
-        found = []
-        for profile in self.profiles:
-            least, optimal, greatest = (
-                {name: getattr(extent, bound) for name, extent in profile.items()} for bound in ("min", "opt", "max")
-            )
-            found.append(
-                {
-                    name: (sizes(shape, least), sizes(shape, optimal), sizes(shape, greatest))
-                    for name, shape in self.inputs.items()
-                }
-            )
-        return found
+        return [input_shapes(self.inputs, profile) for profile in self.profiles]
 
     @property
     def size(self) -> int:
@@ -94,8 +84,9 @@ def compile_component(job: Job, scratch: Path, on_step: OnStep = lambda phase, d
     builder, network, _parser = _parse(trt, logger, graph)
     config = _configure(trt, builder, job, on_step)
     with plan.open("wb") as file:
-        if not builder.build_serialized_network_to_stream(network, config, _writer(trt, file)):
-            raise CompilerError(f"the compiler refused {job.component}: {logger.problems()}")
+        writer = _writer(trt, file)
+        if not builder.build_serialized_network_to_stream(network, config, writer):
+            raise writer.error or CompilerError(f"the compiler refused {job.component}: {logger.problems()}")
     report = parse_report(logger.lines)
     verify(job, lowered, report, plan)
     written = PlanRecord(
@@ -109,9 +100,9 @@ def compile_component(job: Job, scratch: Path, on_step: OnStep = lambda phase, d
         measured=Measured(
             weights_bytes=report.weights_bytes,
             activation_bytes=report.activation_bytes,
-            layers=len(report.layers),
-            fused_attentions=sum(layer.is_attention for layer in report.layers),
-            wide_products=_wide_products(report),
+            kernels=len(report.layers),
+            fused_attentions=lowered.attentions,
+            wide_products=report.wide_products // len(job.profiles),
             seconds=round(time.monotonic() - start, 1),
             peak_bytes=1024 * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss,
         ),
@@ -133,30 +124,22 @@ def verify(job: Job, lowered: Lowered, report: Report, plan: Path) -> None:
     claims += [
         ("types of inputs and outputs", report.dtypes, lowered.dtypes),
         ("profiles", list(report.profiles), job.bounds()),
-        (
-            "fused attentions",
-            sum(layer.is_attention for layer in report.layers),
-            lowered.attentions * len(job.profiles),
-        ),
+        ("fused attentions", report.fused_attentions, lowered.attentions * len(job.profiles)),
         ("profiles with known activation memory", len(report.activation_bytes), len(job.profiles)),
     ]
     for what, found, wanted in claims:
         if found != wanted:
             raise CompilerError(f"{job.component}: the plan has {what} {found}, asked for were {wanted}")
-    if _wide_products(report) > lowered.wide_products * len(job.profiles):
+    if report.wide_products > lowered.wide_products * len(job.profiles):
         raise CompilerError(
-            f"{job.component}: {_wide_products(report)} matrix products run in float32, the graph asks for "
+            f"{job.component}: {report.wide_products} matrix products run in float32, the graph asks for "
             f"{lowered.wide_products} in each of {len(job.profiles)} profiles"
         )
-    if job.budget is not None and max(report.activation_bytes) > job.budget:
+    most = max(report.activation_bytes)
+    if job.budget is not None and most > job.budget:
         raise CompilerError(
-            f"{job.component}: the plan needs {max(report.activation_bytes):,} bytes for activations, the budget is "
-            f"{job.budget:,}"
+            f"{job.component}: the plan needs {most:,} bytes for activations, the budget is {job.budget:,}"
         )
-
-
-def _wide_products(report: Report) -> int:
-    return sum(layer.is_product and "fp32" in layer.input_types for layer in report.layers)
 
 
 def _parse(trt: Any, logger: Any, graph: Path) -> tuple[Any, Any, Any]:
@@ -237,7 +220,15 @@ def _monitor(trt: Any, on_step: OnStep) -> Any:
 
 def _writer(trt: Any, file: Any) -> Any:
     class Writer(trt.IStreamWriter):
+        """Hands the plan on, part by part; remembers why it could not."""
+
+        error: OSError | None = None
+
         def write(self, data: Any) -> int:
-            return int(file.write(data))
+            try:
+                return int(file.write(data))
+            except OSError as error:  # which must not cross the compiler
+                self.error = error
+                return 0
 
     return Writer()

@@ -10,13 +10,13 @@ import struct
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from tubelet.runtime.plans import ARCHITECTURES
+from tubelet.runtime.plans import COMPILERS
 
 from .errors import CompilerError
+from .profiles import Bounds
 
 HEADER = struct.Struct("<4s12xQ8sQ16xQ")  # magic, bytes of the plan, version, architecture mask, bytes of weights
 MAGIC = b"vtrt"
-Bounds = tuple[tuple[int, ...], tuple[int, ...], tuple[int, ...]]  # least, optimal and greatest shape of an input
 TYPES = {"Float": "fp32", "Half": "fp16", "BFloat16": "bf16", "Int64": "int64", "Int32": "int32", "Bool": "bool"}
 ATTENTION = re.compile(r"_mha_|fmha|flash_att", re.IGNORECASE)
 PRODUCT_TYPES = frozenset({"gemm", "correlation", "conv"})
@@ -43,11 +43,20 @@ class Layer:
 
 @dataclass(frozen=True)
 class Report:
-    layers: tuple[Layer, ...]  # of all profiles
+    layers: tuple[Layer, ...]  # of all profiles: each has kernels of its own
     dtypes: dict[str, str]  # of inputs and outputs
     profiles: tuple[dict[str, Bounds], ...]  # by input
     activation_bytes: tuple[int, ...]  # by profile
     weights_bytes: int
+
+    @property
+    def fused_attentions(self) -> int:
+        return sum(layer.is_attention for layer in self.layers)
+
+    @property
+    def wide_products(self) -> int:
+        """Matrix products that run in float32."""
+        return sum(layer.is_product and "fp32" in layer.input_types for layer in self.layers)
 
 
 def architectures(header: bytes, size: int) -> tuple[str, ...]:
@@ -55,10 +64,10 @@ def architectures(header: bytes, size: int) -> tuple[str, ...]:
 
     Raises CompilerError where the header is not one.
     """
-    magic, content, _, mask, _ = HEADER.unpack_from(header)
+    magic, content, _, mask, _ = HEADER.unpack(header.ljust(HEADER.size, b"\0"))
     if magic != MAGIC or not 0 < content <= size:
         raise CompilerError(f"the compiler wrote no plan: it begins with {magic!r}, names {content} of {size} bytes")
-    return tuple(name for bit, name in enumerate(ARCHITECTURES["rtx"]) if mask >> bit & 1)
+    return tuple(name for bit, name in enumerate(COMPILERS["rtx"]) if mask >> bit & 1)
 
 
 def parse_report(lines: Sequence[str]) -> Report:

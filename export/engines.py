@@ -11,19 +11,19 @@ import shutil
 import signal
 import tempfile
 from collections.abc import Callable, Sequence
-from concurrent.futures import Future, ProcessPoolExecutor, wait
-from concurrent.futures.process import BrokenProcessPool
 from dataclasses import dataclass
+from multiprocessing.connection import Connection, wait
 from pathlib import Path
-from typing import Any
+from typing import cast
 
 from tubelet.runtime.bundle import WEIGHTS, Bundle
 from tubelet.runtime.errors import UserError
-from tubelet.runtime.plans import FOLDER, PlanRecord, Target, is_whole, plan_key, plan_path, read_record
+from tubelet.runtime.plans import FOLDER, PlanRecord, Target, plan_key, plan_path, read_record, verify_plan
 from tubelet.runtime.profiles import Profiles
 
 from .compile import Job, compile_component, compiler_of
 from .errors import CompilerError
+from .precision import TYPES
 
 
 @dataclass(frozen=True)
@@ -47,16 +47,18 @@ def build_engines(
 ) -> list[PlanRecord]:
     """Builds a plan for every component of `profiles`; `on_built` hears of each, and whether it was there before.
 
-    `budget` limits the device memory of a plan's activations, in bytes. Raises UserError when the compiler is missing
-    or the bundle cannot be written, CompilerError when a component cannot be built: others that were finished stay.
+    `budget` limits the device memory of a plan's activations, in bytes. Raises UserError when the compiler is missing,
+    the precision is not there yet or the bundle cannot be written, CompilerError when a component cannot be built:
+    others that were finished stay.
     """
+    if target.precision not in TYPES:
+        raise UserError(f"{target.precision} plans cannot be built yet; choose from {', '.join(TYPES)}")
     compiler = compiler_of(target)
     jobs, built = [], []
     for component, wanted in profiles.items():
         plan = plan_path(bundle, target, component)
         key = plan_key(bundle, component, target, compiler, wanted, budget)
-        known = read_record(plan)
-        if known is not None and known.key == key and is_whole(plan, known):
+        if known := _kept(plan, key):
             built.append(known)
             on_built(known, True)
         else:
@@ -68,6 +70,16 @@ def build_engines(
     return built
 
 
+def _kept(plan: Path, key: str) -> PlanRecord | None:
+    """The record of a plan that need not be built again."""
+    try:
+        known = read_record(plan)
+        verify_plan(plan, known, key)
+    except UserError:
+        return None
+    return known
+
+
 def _build(
     bundle: Bundle,
     jobs: Sequence[Job],
@@ -76,28 +88,58 @@ def _build(
     on_built: Callable[[PlanRecord], None],
 ) -> list[PlanRecord]:
     scratch = _scratch(bundle, jobs[0].plan.parent)
-    context = multiprocessing.get_context("spawn")  # the compilers start threads, which do not survive a fork
-    events = context.Queue()
-    others = set(multiprocessing.active_children())
-    pool = ProcessPoolExecutor(min(workers, len(jobs)), context, _ignore_signals, (events,))
+    waiting, running, built = list(jobs), list[_Building](), list[PlanRecord]()
     try:
-        running: set[Future[PlanRecord]] = {pool.submit(_compile, job, scratch) for job in jobs}
-        built = []
-        while running:
-            finished, running = wait(running, timeout=0.1, return_when="FIRST_COMPLETED")
-            while not events.empty():
-                on_event(events.get())
-            for future in finished:
-                built.append(future.result())
-                on_built(built[-1])
+        while waiting or running:
+            while waiting and len(running) < workers:
+                running.append(_Building(waiting.pop(0), scratch))
+            ready = wait([building.pipe for building in running])
+            for building in [each for each in running if each.pipe in ready]:
+                said = building.receive()
+                if isinstance(said, Event):
+                    on_event(said)
+                    continue
+                building.stop()
+                running.remove(building)
+                built.append(said)
+                on_built(said)
         return built
-    except BrokenProcessPool as error:
-        raise CompilerError("a building process was killed, perhaps for want of memory; build with --jobs 1") from error
     finally:
-        for process in set(multiprocessing.active_children()) - others:  # in the middle of a phase they hear nothing
-            process.kill()
-        pool.shutdown(cancel_futures=True)
+        for building in running:
+            building.stop()
         shutil.rmtree(scratch, ignore_errors=True)
+
+
+class _Building:
+    """A process that builds one plan: the memory that it takes is its own, and its end gives all of it back."""
+
+    def __init__(self, job: Job, scratch: Path):
+        context = multiprocessing.get_context("spawn")  # the compilers start threads, which do not survive a fork
+        self.pipe, theirs = context.Pipe(duplex=False)
+        self._component = job.component
+        self._process = context.Process(target=_compile, args=(job, scratch, theirs), daemon=True)
+        self._process.start()
+        theirs.close()
+
+    def receive(self) -> Event | PlanRecord:
+        """What the process says next: a step, or at its end the record. Raises what went wrong there."""
+        try:
+            said = self.pipe.recv()
+        except EOFError as error:
+            self._process.join()
+            raise CompilerError(
+                f"the process that built {self._component} ended with code {self._process.exitcode}; if it was killed "
+                f"for want of memory, build with --jobs 1"
+            ) from error
+        if isinstance(said, Exception):
+            raise said
+        return cast(Event | PlanRecord, said)
+
+    def stop(self) -> None:
+        """Ends the process wherever it is: in the middle of a phase the compilers hear nothing."""
+        self._process.kill()
+        self._process.join()
+        self.pipe.close()
 
 
 def _scratch(bundle: Bundle, folder: Path) -> Path:
@@ -111,19 +153,13 @@ def _scratch(bundle: Bundle, folder: Path) -> Path:
     return scratch
 
 
-_events: Any = None  # of a building process: where its steps go
-
-
-def _ignore_signals(events: Any) -> None:
-    """Prepares a building process: its parent alone hears Ctrl-C, and kills it."""
-    global _events
-    _events = events
+def _compile(job: Job, scratch: Path, pipe: Connection) -> None:
+    """Runs in a process of its own. Its parent alone hears Ctrl-C, and kills it."""
     for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
         signal.signal(number, signal.SIG_IGN)
-
-
-def _compile(job: Job, scratch: Path) -> PlanRecord:
-    def on_step(phase: str, done: int, steps: int) -> None:
-        _events.put(Event(job.component, phase, done, steps))
-
-    return compile_component(job, scratch, on_step)
+    try:
+        pipe.send(compile_component(job, scratch, lambda phase, *steps: pipe.send(Event(job.component, phase, *steps))))
+    except CompilerError as error:
+        pipe.send(error)
+    except OSError as error:
+        pipe.send(UserError(f"cannot write the plan of {job.component}: {error.strerror}; free space for it"))

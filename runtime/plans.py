@@ -23,11 +23,30 @@ from .profiles import Profile, Range
 from .strict import read
 
 FOLDER = "engines"
-PRECISIONS = ("bf16", "fp16", "fp32")
-# what each compiler builds for; bit i of an RTX plan's architecture mask is its i-th
+PRECISIONS = {"bf16": 2, "fp16": 2, "fp32": 4, "int8": 1, "fp8": 1, "nvfp4": 9 / 16}  # bytes of a weight and its scale
+
+
+@dataclass(frozen=True)
+class Architecture:
+    """One generation of GPUs: which compilers build for it, the preferred one first, and what it multiplies in."""
+
+    compilers: tuple[str, ...]
+    precisions: tuple[str, ...]
+
+
 ARCHITECTURES = {
-    "rtx": ("sm75", "sm80", "sm86", "sm89", "sm120", "sm121"),
-    "tensorrt": ("sm75", "sm80", "sm86", "sm89", "sm90", "sm100", "sm120"),
+    "sm75": Architecture(("rtx", "tensorrt"), ("fp16", "int8")),
+    "sm80": Architecture(("rtx", "tensorrt"), ("bf16", "fp16", "fp32", "int8")),
+    "sm86": Architecture(("rtx", "tensorrt"), ("bf16", "fp16", "fp32", "int8")),
+    "sm89": Architecture(("rtx", "tensorrt"), ("bf16", "fp16", "fp32", "int8", "fp8")),
+    "sm90": Architecture(("tensorrt",), ("bf16", "fp16", "fp32", "int8", "fp8")),
+    "sm100": Architecture(("tensorrt",), ("bf16", "fp16", "fp32", "int8", "fp8", "nvfp4")),
+    "sm120": Architecture(("rtx", "tensorrt"), ("bf16", "fp16", "fp32", "int8", "fp8", "nvfp4")),
+    "sm121": Architecture(("rtx",), ("bf16", "fp16", "fp32", "int8", "fp8", "nvfp4")),
+}
+COMPILERS = {  # what each builds for; bit i of an RTX plan's architecture mask is its i-th
+    compiler: tuple(name for name, row in ARCHITECTURES.items() if compiler in row.compilers)
+    for compiler in ("rtx", "tensorrt")
 }
 
 
@@ -40,9 +59,9 @@ class Target:
     precision: str
 
     def __post_init__(self) -> None:
-        if self.compiler not in ARCHITECTURES:
-            raise UserError(f"compiler {self.compiler!r} is not one of {', '.join(ARCHITECTURES)}")
-        known = ARCHITECTURES[self.compiler]
+        if self.compiler not in COMPILERS:
+            raise UserError(f"compiler {self.compiler!r} is not one of {', '.join(COMPILERS)}")
+        known = COMPILERS[self.compiler]
         for name in self.architectures:
             if name not in known:
                 raise UserError(f"{self.compiler} does not build for {name!r}; it builds for {', '.join(known)}")
@@ -53,8 +72,10 @@ class Target:
             )
         if self.precision not in PRECISIONS:
             raise UserError(f"precision {self.precision!r} is not one of {', '.join(PRECISIONS)}")
-        if self.precision != "fp16" and "sm75" in self.architectures:
-            raise UserError(f"sm75 has no {self.precision} matrix products; build it with --precision fp16")
+        for name in self.architectures:
+            have = ARCHITECTURES[name].precisions
+            if self.precision not in have:
+                raise UserError(f"{name} has no {self.precision} matrix products; it has {', '.join(have)}")
 
     @classmethod
     def parse(cls, text: str, precision: str) -> Target:
@@ -62,10 +83,14 @@ class Target:
         compiler, _, names = text.partition(":")
         return cls(compiler, tuple(name for name in names.split(",") if name), precision)
 
+    def __str__(self) -> str:
+        """What `parse` reads."""
+        return f"{self.compiler}:{','.join(self.architectures)}"
+
     @property
     def wide_products(self) -> bool:
         """Whether every architecture multiplies float32 matrices."""
-        return "sm75" not in self.architectures
+        return all("fp32" in ARCHITECTURES[name].precisions for name in self.architectures)
 
     @property
     def name(self) -> str:
@@ -87,9 +112,9 @@ class Measured:
 
     weights_bytes: int
     activation_bytes: tuple[int, ...]  # by profile
-    layers: int  # kernels and calls, those of all profiles
-    fused_attentions: int
-    wide_products: int  # matrix products that run in float32
+    kernels: int  # those of all profiles, and calls
+    fused_attentions: int  # in each profile
+    wide_products: int  # matrix products that run in float32, in each profile
     seconds: float
     peak_bytes: int  # resident memory of the building process
 
@@ -129,13 +154,29 @@ def plan_path(bundle: Bundle, target: Target, component: str) -> Path:
     return bundle.folder / FOLDER / target.name / f"{component}.plan"
 
 
-def read_record(plan: Path) -> PlanRecord | None:
-    """The record beside a plan; None where there is none. Raises UserError when it is not readable."""
+def installed(bundle: Bundle, component: str, target: Target, profiles: Sequence[Profile]) -> PlanRecord:
+    """The record of the plan for these profiles, from any release of its compiler.
+
+    Raises UserError when there is none, it is damaged, or it was built for something else.
+    """
+    plan = plan_path(bundle, target, component)
+    known = read_record(plan)
+    verify_plan(plan, known, plan_key(bundle, component, target, known.compiler, profiles, None))
+    return known
+
+
+def records(bundle: Bundle) -> list[PlanRecord]:
+    """Of all plans in a bundle, by target. Raises UserError when one is not readable."""
+    return [read_record(path) for path in sorted((bundle.folder / FOLDER).glob("*/*.json"))]
+
+
+def read_record(plan: Path) -> PlanRecord:
+    """The record beside a plan. Raises UserError when there is none or it is not readable."""
     path = plan.with_suffix(".json")
     try:
         return read(PlanRecord, json.loads(path.read_text(encoding="utf-8")), "plan")
-    except FileNotFoundError:
-        return None
+    except FileNotFoundError as error:
+        raise UserError(f"{plan} is missing; build the target") from error
     except (UserError, OSError, UnicodeDecodeError, RecursionError, json.JSONDecodeError) as error:
         raise UserError(f"{path} is not usable: {error}; build the target again") from error
 
@@ -150,6 +191,13 @@ def write_record(plan: Path, content: PlanRecord) -> None:
         partial.unlink(missing_ok=True)
 
 
-def is_whole(plan: Path, expected: PlanRecord) -> bool:
-    """Whether the plan's file is there, with the size and hash that its record names."""
-    return plan.is_file() and plan.stat().st_size == expected.file.bytes and record(plan) == expected.file
+def verify_plan(plan: Path, known: PlanRecord, key: str) -> None:
+    """Raises UserError unless the plan was built for this key and its file is what its record says."""
+    if known.key != key:
+        raise UserError(f"{plan} was built from other weights or for other profiles; build the target again")
+    try:
+        whole = plan.stat().st_size == known.file.bytes and record(plan) == known.file
+    except OSError as error:
+        raise UserError(f"cannot read {plan}: {error.strerror}; build the target again") from error
+    if not whole:
+        raise UserError(f"{plan} is damaged: it is not what its record says; build the target again")

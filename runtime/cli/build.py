@@ -4,20 +4,19 @@ from __future__ import annotations
 
 import os
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import Annotated
 
 import typer
-from rich.filesize import decimal
-from rich.progress import BarColumn, Progress, TaskID, TextColumn, TimeElapsedColumn, TimeRemainingColumn
-from rich.table import Table
 
 from ..bundle import Bundle
 from ..errors import UserError
-from ..plans import PlanRecord, Target
-from .app import app, err, out
+from ..plans import Target
+from .app import app, out
+from .plans import Bars, records_table
 
-if TYPE_CHECKING:
-    from tubelet.export.engines import Event  # noqa: TID251 loaded by the command alone
+Jobs = Annotated[int, typer.Option(min=1, help="Plans built at the same time.")]
+CORES = os.cpu_count() or 1
+MISSING = "building needs a package that is missing ({}); install tubelet with its extra build"
 
 
 @app.command()
@@ -28,10 +27,11 @@ def build(
     traffic: Annotated[Path, typer.Option(help="TOML file of shapes and their shares: see docs/compile.md.")],
     precision: Annotated[str, typer.Option(help="bf16, fp16 or fp32.")] = "bf16",
     max_profiles: Annotated[int, typer.Option(min=1, help="Most profiles of one engine.")] = 4,
+    component: Annotated[list[str] | None, typer.Option(help="Build this one alone; may be repeated.")] = None,
     memory: Annotated[
         float | None, typer.Option(min=0.001, help="GB of device memory that one engine's activations may take.")
     ] = None,
-    jobs: Annotated[int, typer.Option(min=1, help="Components built at the same time.")] = os.cpu_count() or 1,
+    jobs: Jobs = CORES,
 ) -> None:
     """Compile a bundle's engines for GPUs; needs none for the target rtx. Goes on where an earlier build stopped."""
     try:
@@ -40,66 +40,18 @@ def build(
         from tubelet.export.profiles import choose  # noqa: TID251
         from tubelet.export.traffic import read_traffic  # noqa: TID251
     except ImportError as error:
-        raise UserError(
-            f"building needs a package that is missing ({error}); install tubelet with its extra build"
-        ) from error
+        raise UserError(MISSING.format(error)) from error
     wanted = Target.parse(target, precision)
     opened = Bundle.open(bundle)
-    choice = choose(opened.spec, read_traffic(traffic, opened.spec), max_profiles)
+    profiles = choose(opened.spec, read_traffic(traffic, opened.spec), max_profiles).profiles
+    for name in component or ():
+        if name not in profiles:
+            raise UserError(f"the bundle has no component {name!r}; it has {', '.join(profiles)}")
+    profiles = {name: chosen for name, chosen in profiles.items() if not component or name in component}
     budget = None if memory is None else int(memory * 10**9)
-    with _Bars() as bars:
+    with Bars() as bars:
         try:
-            built = build_engines(opened, wanted, choice.profiles, jobs, budget, bars.step, bars.finish)
+            built = build_engines(opened, wanted, profiles, jobs, budget, bars.step, bars.finish)
         except CompilerError as error:
             raise UserError(str(error)) from error
-    out.print(records_table(built, wanted.name))
-
-
-def records_table(records: list[PlanRecord], title: str) -> Table:
-    """What plans are and take."""
-    table = Table(
-        *("component", "profiles", "plan", "weights", "activations", "attention", "kernels", "time"),
-        title=title,
-    )
-    for each in records:
-        measured = each.measured
-        table.add_row(
-            *(each.component, str(len(each.profiles)), decimal(each.file.bytes), decimal(measured.weights_bytes)),
-            " ".join(decimal(n) for n in measured.activation_bytes),
-            *(str(measured.fused_attentions), str(measured.layers), f"{measured.seconds:.0f} s"),
-        )
-    return table
-
-
-class _Bars:
-    """One bar a component that is being built, with the compiler's phase, its layers and the time left of it."""
-
-    def __init__(self) -> None:
-        columns = (
-            *(TextColumn("{task.description}"), BarColumn(), TextColumn("{task.completed}/{task.total}")),
-            *(TimeElapsedColumn(), TimeRemainingColumn()),
-        )
-        self._progress = Progress(*columns, console=err, transient=True)
-        self._tasks: dict[str, TaskID] = {}
-
-    def __enter__(self) -> _Bars:
-        self._progress.start()
-        return self
-
-    def __exit__(self, *error: object) -> None:
-        self._progress.stop()
-
-    def step(self, event: Event) -> None:
-        if event.component not in self._tasks:
-            self._tasks[event.component] = self._progress.add_task(event.component)
-        self._progress.update(
-            self._tasks[event.component],
-            description=f"{event.component}: {event.phase.lower()}",
-            completed=event.done,
-            total=event.steps,
-        )
-
-    def finish(self, record: PlanRecord, kept: bool) -> None:
-        if record.component in self._tasks:
-            self._progress.remove_task(self._tasks.pop(record.component))
-        self._progress.console.print(f"{record.component}: {'up to date' if kept else 'built'}", markup=False)
+    out.print(records_table(built))

@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 from collections import Counter
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 from rich.filesize import decimal
@@ -32,21 +32,32 @@ def plan(
 
     planned = plan_fleet(file)
     if as_json:
-        out.print_json(data={**dataclasses.asdict(planned), "complete": planned.complete})
+        out.print_json(data=_report(planned))
     else:
         _print(planned)
     if not planned.complete:
         raise typer.Exit(1)
 
 
+def _report(planned: FleetPlan) -> dict[str, Any]:
+    """What `plan --json` prints."""
+    return {
+        "fleet": dataclasses.asdict(planned.fleet),
+        "builds": [dataclasses.asdict(build) for build in planned.builds],
+        "cells": [dataclasses.asdict(cell) for cell in planned.cells],
+        "outside": {model: [dataclasses.asdict(each) for each in shapes] for model, shapes in planned.outside.items()},
+        "complete": planned.complete,
+    }
+
+
 def _print(planned: FleetPlan) -> None:
     for model in planned.fleet.models:
         out.print(_matrix(planned, model))
-    builds = Table("model", "component", "target", "precision", "architectures", "build on", "plan", title="Builds")
+    builds = Table("model", "component", "compiler", "precision", "architectures", "build on", "plan", title="Builds")
     for build in planned.builds:
         builds.add_row(
-            *(build.model, build.component, build.target, build.precision, " ".join(build.architectures)),
-            *(build.machine or "here", decimal(build.plan_bytes)),
+            *(build.model, build.component, build.target.compiler, build.target.precision),
+            *(" ".join(build.target.architectures), build.machine or "here", decimal(build.plan_bytes)),
         )
     machines = Table("SKU", "count", "architecture", "memory", "plans on disk", "in all", title="Machines")
     for sku in planned.fleet.sku:
