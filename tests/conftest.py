@@ -10,7 +10,9 @@ import sys
 from pathlib import Path
 
 import pytest
+from compiled import TARGET, profiles
 
+from tubelet.export.engines import build_engines
 from tubelet.runtime import EMBEDDED, Bundle, Pipeline
 from tubelet.runtime.bundle import TOKENIZER, WEIGHTS
 from tubelet.runtime.cli import main
@@ -42,6 +44,20 @@ def checkpoint(tmp_path: Path, spec: ModelSpec) -> Path:
         shutil.copyfile(EMBEDDED / name, folder / name)
     (folder / "spec.json").write_text(json.dumps(dataclasses.asdict(spec)))
     return folder
+
+
+@pytest.fixture(scope="session")
+def compiled(tmp_path_factory: pytest.TempPathFactory) -> Bundle:
+    """The embedded bundle with real plans of all components, in a folder of its own; tests leave it as it is."""
+    bundle = Bundle.open(shutil.copytree(EMBEDDED, tmp_path_factory.mktemp("compiled") / "bundle"))
+    build_engines(bundle, TARGET, profiles(bundle), workers=2)
+    return bundle
+
+
+@pytest.fixture
+def compiled_copy(compiled: Bundle, tmp_path: Path) -> Bundle:
+    """The same, which a test may damage."""
+    return Bundle.open(shutil.copytree(compiled.folder, tmp_path / "compiled"))
 
 
 class Result:
