@@ -85,7 +85,7 @@ def test_a_plan_has_the_graphs_ports_and_fusions(compiled: Bundle, component: st
     assert record.measured.fused_attentions == sum(node.op_type == "Attention" for node in graph)
     assert record.measured.wide_products == 0  # sm75 multiplies no float32 matrices
     assert len(record.measured.activation_bytes) == MAX_PROFILES and min(record.measured.activation_bytes) > 0
-    assert 1 <= record.measured.weights_bytes / (2 * ports.parameters) < 1.4  # some are float32
+    assert 1 <= record.measured.weights_bytes / (2 * ports.parameters) < 1.6  # convolutions keep some in two forms
 
 
 def test_what_is_there_is_kept(compiled: Bundle) -> None:
