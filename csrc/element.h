@@ -1,4 +1,4 @@
-// What one element costs: number formats, index maps and arithmetic, shared by the CPU kernels and a later CUDA twin.
+// What one element costs: number formats, index maps and arithmetic, shared by the CPU and CUDA kernels.
 //
 // Nothing here knows of threads, vectors, Python or how arrays are checked.
 #pragma once
@@ -97,8 +97,28 @@ struct RopeAxis {
 };
 
 // Column i of an axis of d = 2 * pairs values turns by theta^(-2i/d) a position (RoFormer, eq. 15).
-TUBELET_HD double rope_angle(const RopeAxis& axis, int64_t position, int64_t column) {
-    return (double(position) + axis.offset) * (1.0 / pow(axis.theta, double(column) / double(axis.pairs)));
+TUBELET_HD double rope_frequency(const RopeAxis& axis, int64_t column) {
+    return 1.0 / pow(axis.theta, double(column) / double(axis.pairs));
+}
+
+TUBELET_HD double rope_angle(const RopeAxis& axis, int64_t position, double frequency) {
+    return (double(position) + axis.offset) * frequency;
+}
+
+struct Rotation {
+    float cos, sin;
+};
+
+// Computed in float64 and rounded once.
+TUBELET_HD Rotation rotation(double angle) {
+#if defined(__CUDA_ARCH__)
+    // In half turns, because sin and cos reduce large angles in local memory.
+    double sine, cosine;
+    sincospi(angle * 0.31830988618379067, &sine, &cosine);
+    return {float(cosine), float(sine)};
+#else
+    return {float(std::cos(angle)), float(std::sin(angle))};
+#endif
 }
 
 // ---- pack and unpack ----

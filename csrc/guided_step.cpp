@@ -12,19 +12,9 @@ constexpr int64_t kBlock = 2048;  // elements: few enough for the caches, enough
 
 template <class T>
 struct Step : GuidedStep {
-    bool reads[kMaxBuffers + 1] = {};  // column is used: a buffer, or last the velocity
-    bool writes[kMaxBuffers] = {};     // row changes its buffer
     bool streamed;
 
-    explicit Step(const GuidedStep& step, bool streamed) : GuidedStep(step), streamed(streamed) {
-        for (int row = 0; row < buffers; ++row) {
-            for (int column = 0; column <= buffers; ++column)
-                writes[row] |= matrix[row][column] != (row == column ? 1.0f : 0.0f);
-            for (int column = 0; column <= buffers; ++column)
-                reads[column] |= (writes[row] || row == 0) && matrix[row][column] != 0.0f;
-        }
-        writes[0] |= known != nullptr;
-    }
+    Step(const GuidedStep& step, bool streamed) : GuidedStep(step), streamed(streamed) {}
 
     TUBELET_HD void operator()(int64_t begin, int64_t end) const {
         alignas(64) float next[kMaxBuffers][kBlock], scratch[3][kBlock];

@@ -1,6 +1,7 @@
-// Launchers: raw pointers in, multi-threaded and vectorised work out.
+// What each operation works on, as plain structs of raw pointers, and the launchers that do it on the CPU,
+// multi-threaded and vectorised; those for CUDA are in cuda/launch.h.
 //
-// They trust their arguments (see ops.h for the checks) and know nothing of Python.
+// Launchers trust their arguments (see ops.h for the checks) and know nothing of Python.
 #pragma once
 
 #include <cstdint>
@@ -14,12 +15,21 @@ enum class DType { f32, f16, bf16, other };
 // Limits the threads of every kernel from now on, in the whole process; 0: as many as there are cores.
 void set_threads(int limit);
 
-// cos, sin: [t*h*w, pairs of all three axes]. axes: t, h, w.
-void launch_rope3d(float* cos, float* sin, const RopeAxis (&axes)[3]);
+struct RopeTable {
+    float *cos, *sin;  // [tokens, pairs]
+    RopeAxis axes[3];  // t, h, w
 
-// tokens: [t*h*w rows of `stride` elements], latent: [channels, t*pt, h*ph, w*pw]; elements of `size` bytes.
-void launch_pack(void* tokens, int64_t stride, const void* latent, const Patching& patching, int64_t size);
-void launch_unpack(void* latent, const void* tokens, int64_t stride, const Patching& patching, int64_t size);
+    TUBELET_HD int64_t tokens() const { return axes[0].size * axes[1].size * axes[2].size; }
+    TUBELET_HD int64_t pairs() const { return axes[0].pairs + axes[1].pairs + axes[2].pairs; }
+};
+
+struct Packing {
+    char* tokens;    // [t*h*w rows of `stride` elements]
+    char* latent;    // [channels, t*pt, h*ph, w*pw]
+    int64_t stride;  // a row's length in memory
+    int64_t size;    // bytes of an element
+    Patching patching;
+};
 
 constexpr int kMaxBuffers = 5;  // x and up to four history buffers
 
@@ -38,10 +48,13 @@ struct GuidedStep {
     const float* clean;  // [N, P] or null
     const float* noise;  // [N, P] or null
     float clean_scale, noise_scale;
+    bool reads[kMaxBuffers + 1];  // column is used: a buffer, or last the velocity
+    bool writes[kMaxBuffers];     // row changes its buffer
 };
 
-// state = matrix @ [state, velocity], in place; a buffer whose column is zero is not read, an unchanged one not
-// written.
-void launch_guided_step(const GuidedStep& step);
+void launch_rope3d(const RopeTable& table);
+void launch_pack(const Packing& packing);         // latent to tokens
+void launch_unpack(const Packing& packing);       // tokens to latent
+void launch_guided_step(const GuidedStep& step);  // state = matrix @ [state, velocity], in place
 
 }  // namespace tubelet

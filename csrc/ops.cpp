@@ -96,14 +96,16 @@ Patching patching_of(const Array& latent, const Triple& patch) {
             patch[2]};
 }
 
-// Returns the row stride of `tokens`, whose rows may be longer than a token's values or lie apart.
-int64_t check_tokens(const Array& tokens, const Array& latent, const Patching& p) {
+// The rows of `tokens` may be longer than a token's values, or lie apart.
+Packing check_packing(const Array& tokens, const Array& latent, const Triple& patch) {
+    const Patching p = patching_of(latent, patch);
     check_dtype(tokens, latent.dtype);
     check_layout(tokens, {p.t * p.h * p.w, kAny}, 1);
     if (tokens.shape[1] < p.values())
         fail(tokens.name, "must have at least " + std::to_string(p.values()) + " values a token, has " +
                               std::to_string(tokens.shape[1]));
-    return stride_of(tokens, 0, tokens.shape[1]);
+    return {static_cast<char*>(tokens.data), static_cast<char*>(latent.data), stride_of(tokens, 0, tokens.shape[1]),
+            element_size(latent.dtype), p};
 }
 
 // Each axis of d > 0 values: theta * ntk^(d/(d-2)), as diffusers' CosmosRotaryPosEmbed.
@@ -135,8 +137,8 @@ void check_apart(const Array& written, const Array& other) {
 
 }  // namespace
 
-void rope3d(const Array& cos, const Array& sin, const Triple& grid, int64_t head_dim, double theta,
-            const RealTriple& offset, const RealTriple& ntk) {
+RopeTable rope3d(const Array& cos, const Array& sin, const Triple& grid, int64_t head_dim, double theta,
+                 const RealTriple& offset, const RealTriple& ntk) {
     if (head_dim < 2 || head_dim % 2 || head_dim > kLargestAxis)
         fail("head_dim", "must be even and positive, is " + std::to_string(head_dim));
     for (int64_t size : grid)
@@ -150,29 +152,27 @@ void rope3d(const Array& cos, const Array& sin, const Triple& grid, int64_t head
     check_apart(sin, cos);
 
     const int64_t space = 2 * (head_dim / 6), time = head_dim - 2 * space;
-    launch_rope3d(
-        static_cast<float*>(cos.data), static_cast<float*>(sin.data),
-        {rope_axis(grid[0], time, theta, offset[0], ntk[0]), rope_axis(grid[1], space, theta, offset[1], ntk[1]),
-         rope_axis(grid[2], space, theta, offset[2], ntk[2])});
+    return {static_cast<float*>(cos.data),
+            static_cast<float*>(sin.data),
+            {rope_axis(grid[0], time, theta, offset[0], ntk[0]), rope_axis(grid[1], space, theta, offset[1], ntk[1]),
+             rope_axis(grid[2], space, theta, offset[2], ntk[2])}};
 }
 
-void pack(const Array& tokens, const Array& latent, const Triple& patch) {
-    const Patching p = patching_of(latent, patch);
-    const int64_t stride = check_tokens(tokens, latent, p);
+Packing pack(const Array& tokens, const Array& latent, const Triple& patch) {
+    const Packing packing = check_packing(tokens, latent, patch);
     check_apart(tokens, latent);
-    launch_pack(tokens.data, stride, latent.data, p, element_size(latent.dtype));
+    return packing;
 }
 
-void unpack(const Array& latent, const Array& tokens, const Triple& patch) {
-    const Patching p = patching_of(latent, patch);
-    const int64_t stride = check_tokens(tokens, latent, p);
+Packing unpack(const Array& latent, const Array& tokens, const Triple& patch) {
+    const Packing packing = check_packing(tokens, latent, patch);
     check_apart(latent, tokens);
-    launch_unpack(latent.data, tokens.data, stride, p, element_size(latent.dtype));
+    return packing;
 }
 
-void guided_step(const std::vector<Array>& state, const Array& velocity, const Array& tokens, const Array& matrix,
-                 double guidance, const std::optional<Array>& known, const std::optional<Array>& clean,
-                 const std::optional<Array>& noise, double clean_scale, double noise_scale) {
+GuidedStep guided_step(const std::vector<Array>& state, const Array& velocity, const Array& tokens, const Array& matrix,
+                       double guidance, const std::optional<Array>& known, const std::optional<Array>& clean,
+                       const std::optional<Array>& noise, double clean_scale, double noise_scale) {
     const int64_t buffers = int64_t(state.size());
     if (buffers < 1 || buffers > kMaxBuffers)
         fail("state", "must be x and at most " + std::to_string(kMaxBuffers - 1) + " history buffers, has " +
@@ -213,7 +213,12 @@ void guided_step(const std::vector<Array>& state, const Array& velocity, const A
     for (int row = 0; row < step.buffers; ++row) {
         step.state[row] = static_cast<float*>(state[row].data);
         std::copy_n(static_cast<const float*>(matrix.data) + row * (buffers + 1), buffers + 1, step.matrix[row]);
+        for (int column = 0; column <= buffers; ++column)
+            step.writes[row] |= step.matrix[row][column] != (row == column ? 1.0f : 0.0f);
+        for (int column = 0; column <= buffers; ++column)
+            step.reads[column] |= (step.writes[row] || row == 0) && step.matrix[row][column] != 0.0f;
     }
+    step.writes[0] |= known.has_value();
     step.dtype = velocity.dtype;
     step.velocity = velocity.data;
     step.batch = int(batch);
@@ -226,7 +231,7 @@ void guided_step(const std::vector<Array>& state, const Array& velocity, const A
     step.noise = noise && noise_scale != 0 ? static_cast<const float*>(noise->data) : nullptr;
     step.clean_scale = float(clean_scale);
     step.noise_scale = float(noise_scale);
-    launch_guided_step(step);
+    return step;
 }
 
 }  // namespace tubelet

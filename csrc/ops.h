@@ -1,5 +1,5 @@
-// Checked operations: what the binding exports. Each looks at rank, dtype, shape, layout and alignment, names the
-// argument that is wrong with its value, and then calls the launcher. Still no Python.
+// Checked operations: arrays in, what a launcher takes out. Each looks at rank, dtype, shape, layout and alignment, and
+// names the argument that is wrong with its value. Memory is not touched, so it may be a device's. Still no Python.
 #pragma once
 
 #include <array>
@@ -31,15 +31,16 @@ struct Array {
 using Triple = std::array<int64_t, 3>;
 using RealTriple = std::array<double, 3>;
 
-void rope3d(const Array& cos, const Array& sin, const Triple& grid, int64_t head_dim, double theta,
-            const RealTriple& offset, const RealTriple& ntk);
+RopeTable rope3d(const Array& cos, const Array& sin, const Triple& grid, int64_t head_dim, double theta,
+                 const RealTriple& offset, const RealTriple& ntk);
 
-void pack(const Array& tokens, const Array& latent, const Triple& patch);
+Packing pack(const Array& tokens, const Array& latent, const Triple& patch);
 
-void unpack(const Array& latent, const Array& tokens, const Triple& patch);
+Packing unpack(const Array& latent, const Array& tokens, const Triple& patch);
 
-void guided_step(const std::vector<Array>& state, const Array& velocity, const Array& tokens, const Array& matrix,
-                 double guidance, const std::optional<Array>& known, const std::optional<Array>& clean,
-                 const std::optional<Array>& noise, double clean_scale, double noise_scale);
+// `matrix` alone is read here, so it is in host memory.
+GuidedStep guided_step(const std::vector<Array>& state, const Array& velocity, const Array& tokens, const Array& matrix,
+                       double guidance, const std::optional<Array>& known, const std::optional<Array>& clean,
+                       const std::optional<Array>& noise, double clean_scale, double noise_scale);
 
 }  // namespace tubelet

@@ -25,17 +25,18 @@ struct Lines {
     }
 };
 
-Lines token_lines(const void* tokens, int64_t stride, const Patching& p, int64_t size) {
-    Lines lines{
-        static_cast<char*>(const_cast<void*>(tokens)), p.h * p.w * stride * size, p.w * stride * size, {}, true};
-    for (int64_t w = 0; w < p.w; ++w) lines.offsets.push_back(w * stride * size);
+Lines token_lines(const Packing& packing) {
+    const Patching& p = packing.patching;
+    const int64_t row = packing.stride * packing.size;
+    Lines lines{packing.tokens, p.h * p.w * row, p.w * row, {}, true};
+    for (int64_t w = 0; w < p.w; ++w) lines.offsets.push_back(w * row);
     return lines;
 }
 
-Lines latent_lines(const void* latent, const Patching& p, int64_t size) {
-    Lines lines{
-        static_cast<char*>(const_cast<void*>(latent)), strip_offset(p, 1, 0) * size, strip_offset(p, 0, 1) * size, {}};
-    for (int64_t run = 0; run < p.runs(); ++run) lines.offsets.push_back(run_offset(p, run) * size);
+Lines latent_lines(const Packing& packing) {
+    const Patching& p = packing.patching;
+    Lines lines{packing.latent, strip_offset(p, 1, 0) * packing.size, strip_offset(p, 0, 1) * packing.size, {}};
+    for (int64_t run = 0; run < p.runs(); ++run) lines.offsets.push_back(run_offset(p, run) * packing.size);
     return lines;
 }
 
@@ -165,12 +166,12 @@ void transpose(const Lines& to, const Lines& from, const Patching& p, int64_t si
 
 }  // namespace
 
-void launch_pack(void* tokens, int64_t stride, const void* latent, const Patching& p, int64_t size) {
-    transpose(token_lines(tokens, stride, p, size), latent_lines(latent, p, size), p, size);
+void launch_pack(const Packing& packing) {
+    transpose(token_lines(packing), latent_lines(packing), packing.patching, packing.size);
 }
 
-void launch_unpack(void* latent, const void* tokens, int64_t stride, const Patching& p, int64_t size) {
-    transpose(latent_lines(latent, p, size), token_lines(tokens, stride, p, size), p, size);
+void launch_unpack(const Packing& packing) {
+    transpose(latent_lines(packing), token_lines(packing), packing.patching, packing.size);
 }
 
 }  // namespace tubelet

@@ -16,9 +16,9 @@ struct AxisTable {
         sin.reserve(axis.size * pairs);
         for (int64_t position = 0; position < axis.size; ++position)
             for (int64_t column = 0; column < pairs; ++column) {
-                const double angle = rope_angle(axis, position, column);
-                cos.push_back(float(std::cos(angle)));
-                sin.push_back(float(std::sin(angle)));
+                const Rotation turn = rotation(rope_angle(axis, position, rope_frequency(axis, column)));
+                cos.push_back(turn.cos);
+                sin.push_back(turn.sin);
             }
     }
 };
@@ -48,11 +48,11 @@ struct Gather {
 
 void set_threads(int limit) { thread_limit = limit; }
 
-void launch_rope3d(float* cos, float* sin, const RopeAxis (&axes)[3]) {
+void launch_rope3d(const RopeTable& table) {
+    const RopeAxis(&axes)[3] = table.axes;
     const AxisTable tables[3] = {AxisTable(axes[0]), AxisTable(axes[1]), AxisTable(axes[2])};
-    const int64_t tokens = axes[0].size * axes[1].size * axes[2].size;
-    const int64_t pairs = axes[0].pairs + axes[1].pairs + axes[2].pairs;
-    parallel(tokens, 2 * pairs * int64_t(sizeof(float)), Gather{cos, sin, axes[1].size, axes[2].size, tables});
+    parallel(table.tokens(), 2 * table.pairs() * int64_t(sizeof(float)),
+             Gather{table.cos, table.sin, axes[1].size, axes[2].size, tables});
 }
 
 }  // namespace tubelet

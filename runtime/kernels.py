@@ -1,9 +1,10 @@
 """The four operations around the denoiser: rotary tables, latents to tokens and back, and the fused sampler step.
 
-Flows in and out: NumPy arrays, which the compiled extension (or, where it is absent, NumPy) reads and writes in place.
-Values are float32, float16 or bfloat16: `ml_dtypes.bfloat16` arrays, or uint16 arrays holding their bits. Knows nothing
-of samplers, models and videos. An array or number of the wrong dtype, shape, layout or range raises a ValueError that
-names the argument; what is no array or number at all raises whatever Python does with it.
+Flows in and out: NumPy arrays, which the compiled extension (or, where it is absent, NumPy) reads and writes in place;
+or, with a stream, arrays on its device, on which the same is queued. Values are float32, float16 or bfloat16:
+`ml_dtypes.bfloat16` arrays, or uint16 arrays holding their bits. Knows nothing of samplers, models and videos. An array
+or number of the wrong dtype, shape, layout or range raises a ValueError that names the argument; what is no array or
+number at all raises whatever Python does with it.
 """
 
 from __future__ import annotations
@@ -12,12 +13,14 @@ import math
 import operator
 from collections.abc import Sequence
 from importlib import import_module
-from typing import Any
+from typing import Any, TypeVar, overload
 
 import numpy as np
 from numpy.typing import ArrayLike, DTypeLike, NDArray
 
 from . import kernels_numpy
+from .kernels_cuda import StreamKernels
+from .memory import DeviceArray, Stream
 
 try:
     _implementation = import_module("tubelet.runtime._kernels")
@@ -28,6 +31,7 @@ IMPLEMENTATION = "numpy" if _implementation is kernels_numpy else "extension"
 THREADED: bool = _implementation.THREADED
 
 Array = NDArray[Any]
+A = TypeVar("A", Array, DeviceArray)
 Triple = tuple[int, int, int]
 
 _CACHE_LINE = 64  # bytes
@@ -38,6 +42,28 @@ def set_threads(limit: int | None) -> None:
     _implementation.set_threads(limit or 0)
 
 
+@overload
+def rope3d(
+    grid: Triple,
+    head_dim: int,
+    *,
+    theta: float = ...,
+    offset: tuple[float, float, float] = ...,
+    ntk: tuple[float, float, float] = ...,
+    out: tuple[Array, Array] | None = ...,
+    stream: None = ...,
+) -> tuple[Array, Array]: ...
+@overload
+def rope3d(
+    grid: Triple,
+    head_dim: int,
+    *,
+    theta: float = ...,
+    offset: tuple[float, float, float] = ...,
+    ntk: tuple[float, float, float] = ...,
+    out: tuple[DeviceArray, DeviceArray] | None = ...,
+    stream: Stream,
+) -> tuple[DeviceArray, DeviceArray]: ...
 def rope3d(
     grid: Triple,
     head_dim: int,
@@ -45,8 +71,9 @@ def rope3d(
     theta: float = 10000.0,
     offset: tuple[float, float, float] = (0.0, 0.0, 0.0),
     ntk: tuple[float, float, float] = (1.0, 1.0, 1.0),
-    out: tuple[Array, Array] | None = None,
-) -> tuple[Array, Array]:
+    out: tuple[Any, Any] | None = None,
+    stream: Stream | None = None,
+) -> tuple[Any, Any]:
     """Cosines and sines of the 3D rotary embedding, float32 [N, head_dim/2] each, for the token grid (t, h, w).
 
     Rows run over tokens, w fastest. Columns are [t | h | w]: h and w turn 2*(head_dim//6) values of the head each, t
@@ -57,12 +84,12 @@ def rope3d(
     grid = _triple("grid", grid)
     if out is None:
         shape = (math.prod(grid), max(0, head_dim) // 2)
-        out = (empty(shape, np.float32), empty(shape, np.float32))
-    _implementation.rope3d(*out, grid, head_dim, theta, _reals("offset", offset), _reals("ntk", ntk))
+        out = (_empty(shape, np.float32, stream), _empty(shape, np.float32, stream))
+    _on(stream, *out).rope3d(*out, grid, head_dim, theta, _reals("offset", offset), _reals("ntk", ntk))
     return out
 
 
-def pack(latent: Array, patch: Triple, *, out: Array | None = None) -> Array:
+def pack(latent: A, patch: Triple, *, out: A | None = None, stream: Stream | None = None) -> A:
     """Latent [C, T*pt, H*ph, W*pw] -> tokens [N, P], N = T*H*W with w fastest, P = C*pt*ph*pw in that order.
 
     The order within a token is that of a Conv3d weight [*, C, pt, ph, pw], so patch embedding is one matrix product.
@@ -71,12 +98,14 @@ def pack(latent: Array, patch: Triple, *, out: Array | None = None) -> Array:
     patch = _triple("patch", patch)
     if out is None:
         tokens = math.prod(extent // size for extent, size in zip(latent.shape[1:], patch, strict=False))
-        out = empty((tokens, math.prod((*latent.shape[:1], *patch))), latent.dtype)
-    _implementation.pack(_bits(out), _bits(latent), patch)
+        out = _empty((tokens, math.prod((*latent.shape[:1], *patch))), latent.dtype, stream)
+    _on(stream, out, latent).pack(_bits(out), _bits(latent), patch)
     return out
 
 
-def unpack(tokens: Array, channels: int, grid: Triple, patch: Triple, *, out: Array | None = None) -> Array:
+def unpack(
+    tokens: A, channels: int, grid: Triple, patch: Triple, *, out: A | None = None, stream: Stream | None = None
+) -> A:
     """Tokens [N, >= P] -> latent [channels, T*pt, H*ph, W*pw] of the token grid (T, H, W): the inverse of `pack`.
 
     Rows may be longer than P = channels*pt*ph*pw, or lie apart: their first P values are read.
@@ -84,25 +113,26 @@ def unpack(tokens: Array, channels: int, grid: Triple, patch: Triple, *, out: Ar
     grid, patch = _triple("grid", grid), _triple("patch", patch)
     shape = (channels, grid[0] * patch[0], grid[1] * patch[1], grid[2] * patch[2])
     if out is None:
-        out = empty(shape, tokens.dtype)
+        out = _empty(shape, tokens.dtype, stream)
     elif out.shape != shape:
         raise ValueError(f"out must have shape {list(shape)}, has {list(out.shape)}")
-    _implementation.unpack(_bits(out), _bits(tokens), patch)
+    _on(stream, out, tokens).unpack(_bits(out), _bits(tokens), patch)
     return out
 
 
 def guided_step(
-    state: Sequence[Array],
-    velocity: Array,
-    tokens: Array,
+    state: Sequence[A],
+    velocity: A,
+    tokens: A,
     matrix: ArrayLike,
     *,
     guidance: float = 1.0,
-    known: Array | None = None,
-    clean: Array | None = None,
-    noise: Array | None = None,
+    known: A | None = None,
+    clean: A | None = None,
+    noise: A | None = None,
     clean_scale: float = 1.0,
     noise_scale: float = 0.0,
+    stream: Stream | None = None,
 ) -> None:
     """One step of any sampler, in place and in one pass over memory; arithmetic is float32.
 
@@ -116,10 +146,10 @@ def guided_step(
             read, those whose row is the identity's are not written.
         velocity: [1 or 2, N, P].
         tokens: [1 or 2, N, >= P], of velocity's batch and dtype.
-        matrix: [S, S+1] for S state buffers.
+        matrix: [S, S+1] for S state buffers; always in host memory.
         known: float32 [N], with clean (and noise unless noise_scale is 0): float32 [N, P].
     """
-    _implementation.guided_step(
+    _on(stream, *state, velocity, tokens, known, clean, noise).guided_step(
         state,
         _bits(velocity),
         _bits(tokens),
@@ -141,9 +171,22 @@ def empty(shape: Sequence[int], dtype: DTypeLike) -> Array:
     return memory[start : start + size].view(dtype).reshape(shape)
 
 
-def _bits(array: Array) -> Array:
+def _empty(shape: Sequence[int], dtype: DTypeLike, stream: Stream | None) -> Any:
+    return empty(shape, dtype) if stream is None else DeviceArray.empty(stream.device, shape, dtype)
+
+
+def _on(stream: Stream | None, *arrays: Array | DeviceArray | None) -> Any:
+    """What works on these arrays: the extension or NumPy at once, or a stream later."""
+    if any(isinstance(array, DeviceArray) is (stream is None) for array in arrays if array is not None):
+        raise ValueError("stream must be given for arrays in device memory, and only for them")
+    return _implementation if stream is None else StreamKernels(stream)
+
+
+def _bits(array: A) -> A:
     """bfloat16 arrays as uint16, which every NumPy knows."""
-    return array.view(np.uint16) if array.dtype.type.__name__ == "bfloat16" else array
+    if isinstance(array, DeviceArray) or array.dtype.type.__name__ != "bfloat16":
+        return array
+    return array.view(np.uint16)
 
 
 def _triple(name: str, values: Sequence[int]) -> Triple:

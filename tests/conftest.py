@@ -1,7 +1,9 @@
-"""What several test files share: small specs, the embedded pipeline, a checkpoint made from it, the command line."""
+"""What several test files share: small specs, the embedded pipeline, a checkpoint made from it, the command line,
+compiled plans, and the CUDA kernels as host code."""
 
 from __future__ import annotations
 
+import ctypes
 import dataclasses
 import json
 import shutil
@@ -11,6 +13,7 @@ from pathlib import Path
 
 import pytest
 from compiled import TARGET, profiles
+from fake_device import load_cuda_host
 
 from tubelet.export.engines import build_engines
 from tubelet.runtime import EMBEDDED, Bundle, Pipeline
@@ -44,6 +47,12 @@ def checkpoint(tmp_path: Path, spec: ModelSpec) -> Path:
         shutil.copyfile(EMBEDDED / name, folder / name)
     (folder / "spec.json").write_text(json.dumps(dataclasses.asdict(spec)))
     return folder
+
+
+@pytest.fixture(scope="session")
+def cuda_host(tmp_path_factory: pytest.TempPathFactory) -> ctypes.CDLL:
+    """The CUDA kernels as host code, for a FakeDevice."""
+    return load_cuda_host(tmp_path_factory.mktemp("cuda_host"))
 
 
 @pytest.fixture(scope="session")

@@ -1,5 +1,6 @@
-// The checked operations, and with them the launchers, against naive loops on random shapes, dtypes and row strides,
-// for AddressSanitizer and UndefinedBehaviorSanitizer to watch; then that each wrong argument is named:
+// The checked operations, and with them the launchers of the CPU and those for CUDA (whose kernels are compiled for the
+// host), against naive loops on random shapes, dtypes and row strides, for AddressSanitizer and
+// UndefinedBehaviorSanitizer to watch; then that each wrong argument is named:
 //   cmake -B build -DTUBELET_TESTS=ON -DTUBELET_SANITIZE=ON && cmake --build build && ctest --test-dir build
 // Buffers are exactly as large as the kernels may touch, so a step beyond them is caught.
 #include <cstdio>
@@ -10,6 +11,8 @@
 #include <type_traits>
 #include <vector>
 
+#include "cuda/launch.h"
+#include "cuda_host.h"
 #include "ops.h"
 
 namespace {
@@ -58,7 +61,27 @@ Array array(const char* name, std::vector<T>& memory, const std::vector<int64_t>
     return result;
 }
 
-void test_rope3d() {
+void simulate(const cuda::Launch& launch) {
+    require(tubelet_cuda_host_launch(launch.symbol.c_str(), launch.grid.data(), launch.block.data(),
+                                     launch.arguments.data()) == 0,
+            launch.symbol.c_str());
+}
+
+struct Launchers {
+    void (*rope3d)(const RopeTable&);
+    void (*pack)(const Packing&);
+    void (*unpack)(const Packing&);
+    void (*guided_step)(const GuidedStep&);
+};
+constexpr Launchers kCpu = {launch_rope3d, launch_pack, launch_unpack, launch_guided_step};
+constexpr Launchers kCuda = {
+    [](const RopeTable& table) { simulate(cuda::launch_rope3d(table)); },
+    [](const Packing& packing) { simulate(cuda::launch_pack(packing)); },
+    [](const Packing& packing) { simulate(cuda::launch_unpack(packing)); },
+    [](const GuidedStep& step) { simulate(cuda::launch_guided_step(step)); },
+};
+
+void test_rope3d(const Launchers& launch) {
     const Triple grid = {between(1, 6), between(1, 6), between(1, 6)};
     const int64_t head_dim = 2 * between(1, 30), space = 2 * (head_dim / 6), tokens = grid[0] * grid[1] * grid[2];
     const RealTriple offset = {normal(), 0, normal()};
@@ -66,8 +89,8 @@ void test_rope3d() {
     const int64_t values[3] = {head_dim - 2 * space, space, space};
     std::vector<float> cos(tokens * head_dim / 2), sin(cos.size());
 
-    rope3d(array("cos", cos, {tokens, head_dim / 2}), array("sin", sin, {tokens, head_dim / 2}), grid, head_dim, theta,
-           offset, {1, stretch, 1});
+    launch.rope3d(rope3d(array("cos", cos, {tokens, head_dim / 2}), array("sin", sin, {tokens, head_dim / 2}), grid,
+                         head_dim, theta, offset, {1, stretch, 1}));
 
     size_t at = 0;
     for (int64_t n = 0; n < tokens; ++n) {
@@ -85,21 +108,25 @@ void test_rope3d() {
 }
 
 template <class T>
-void test_pack(bool large) {
+void test_pack(const Launchers& launch, bool large) {
     Patching p{between(1, 20), between(1, 3), between(1, 6), between(1, 30),
                between(1, 2),  between(1, 3), between(1, 5)};
     if (large) {  // past 16 MiB, of each chunk that has a kernel of its own: 2, 4 and 8 bytes
         const int64_t pw = int64_t(1) << between(0, sizeof(T) == 2 ? 2 : 1);
         p = {8, 180 / (pw * int64_t(sizeof(T))), 67, 91, 1, 2, pw};
     }
-    const int64_t tokens = p.t * p.h * p.w, stride = p.values() + between(0, 4), shift = between(0, 3);
+    const int64_t aligned =
+        !large && between(0, 1) ? 16 / sizeof(T) : 1;  // lines of both sides, which moves them in tiles
+    if (aligned > 1) p.channels = aligned * between(1, 3), p.w = aligned * between(1, 3), p.pw = 1 << between(0, 2);
+    const int64_t tokens = p.t * p.h * p.w;
+    const int64_t stride = p.values() + aligned * between(0, 4), shift = aligned * between(0, 3);
     std::vector<T> latent(tokens * p.values()), packed(shift + (tokens - 1) * stride + p.values()), back(latent.size());
     for (T& value : latent) value = T(random_bits());
     const std::vector<int64_t> shape = {p.channels, p.t * p.pt, p.h * p.ph, p.w * p.pw};
     const Array rows = array("tokens", packed, {tokens, between(p.values(), stride)}, {stride, 1}, shift);
 
-    pack(rows, array("latent", latent, shape), {p.pt, p.ph, p.pw});
-    unpack(array("latent", back, shape), rows, {p.pt, p.ph, p.pw});
+    launch.pack(pack(rows, array("latent", latent, shape), {p.pt, p.ph, p.pw}));
+    launch.unpack(unpack(array("latent", back, shape), rows, {p.pt, p.ph, p.pw}));
 
     const T* row = packed.data() + shift;
     for (int64_t t = 0; t < p.t; ++t)
@@ -114,11 +141,12 @@ void test_pack(bool large) {
 }
 
 template <class T>
-void test_guided_step(bool large) {
-    const int64_t count = large ? 5003 : between(0, 40), width = large ? 257 : between(1, 1500);
+void test_guided_step(const Launchers& launch, bool large) {
+    const int64_t aligned = between(0, 1) ? 8 : 1;  // rows, which moves several values at once
+    const int64_t count = large ? 5003 : between(0, 40), width = aligned * (large ? 257 / aligned : between(1, 190));
     const int64_t buffers = between(1, kMaxBuffers), batch = between(1, 2), size = count * width;
-    const int64_t token_stride = width + (between(0, 1) ? between(0, 5) : 0);
-    const int64_t batch_stride = count * token_stride + between(0, 9);
+    const int64_t token_stride = width + aligned * (between(0, 1) ? between(0, 5) : 0);
+    const int64_t batch_stride = count * token_stride + aligned * between(0, 9);
     const float guidance = normal(), clean_scale = normal(), noise_scale = normal();
     const bool pinned = between(0, 1), noisy = between(0, 1);
 
@@ -140,11 +168,12 @@ void test_guided_step(bool large) {
     for (float& flag : known) flag = float(between(0, 1));
     const auto given = [](bool is_given, const Array& value) { return is_given ? std::optional(value) : std::nullopt; };
 
-    guided_step(arrays, array("velocity", velocity, {batch, count, width}),
-                array("tokens", tokens, {batch, count, width}, {batch_stride, token_stride, 1}),
-                array("matrix", matrix, {buffers, buffers + 1}), guidance,
-                given(pinned, array("known", known, {count})), array("clean", clean, {count, width}),
-                given(noisy, array("noise", noise, {count, width})), clean_scale, noisy ? noise_scale : 0.0);
+    launch.guided_step(guided_step(arrays, array("velocity", velocity, {batch, count, width}),
+                                   array("tokens", tokens, {batch, count, width}, {batch_stride, token_stride, 1}),
+                                   array("matrix", matrix, {buffers, buffers + 1}), guidance,
+                                   given(pinned, array("known", known, {count})), array("clean", clean, {count, width}),
+                                   given(noisy, array("noise", noise, {count, width})), clean_scale,
+                                   noisy ? noise_scale : 0.0));
 
     for (int64_t i = 0; i < size; ++i) {
         const float conditional = to_float(velocity[i]);
@@ -275,15 +304,16 @@ void test_the_others_refuse() {
 }  // namespace
 
 int main() {
-    for (int round = 0; round < 40; ++round) {
-        const bool large = round < 4;
-        test_rope3d();
-        test_pack<uint16_t>(large);
-        test_pack<uint32_t>(large);
-        test_guided_step<float>(large);
-        test_guided_step<Half>(large);
-        test_guided_step<BFloat>(large);
-    }
+    for (const Launchers& launch : {kCpu, kCuda})
+        for (int round = 0; round < 40; ++round) {
+            const bool large = round < 4;
+            test_rope3d(launch);
+            test_pack<uint16_t>(launch, large);
+            test_pack<uint32_t>(launch, large);
+            test_guided_step<float>(launch, large);
+            test_guided_step<Half>(launch, large);
+            test_guided_step<BFloat>(launch, large);
+        }
     test_guided_step_refuses();
     test_the_others_refuse();
     std::puts("all operations agree with their definitions and refuse wrong arguments");
