@@ -7,7 +7,6 @@ TensorRT-RTX.
 
 from __future__ import annotations
 
-import importlib
 import os
 import resource
 import time
@@ -19,16 +18,15 @@ from typing import Any
 import onnx_ir as ir
 
 from tubelet.runtime.bundle import Shape, record
-from tubelet.runtime.errors import UserError
-from tubelet.runtime.plans import Compiler, Measured, PlanRecord, Target, write_record
+from tubelet.runtime.plans import Measured, PlanRecord, Target, write_record
 from tubelet.runtime.profiles import Profile
+from tubelet.runtime.tensorrt import compiler_of, load_module
 
 from .compiler_report import HEADER, Report, architectures, parse_report
 from .errors import CompilerError
 from .precision import Lowered, lower
 from .profiles import Bounds, input_shapes
 
-MODULES = {"rtx": "tensorrt_rtx", "tensorrt": "tensorrt"}
 NO_DRIVER = "cudaError 35"  # logged throughout on a machine without a GPU, where it means nothing
 OnStep = Callable[[str, int, int], None]  # phase, steps done and in all
 
@@ -56,27 +54,12 @@ class Job:
         return self.graph.stat().st_size * len(self.profiles)
 
 
-def load_compiler(target: Target) -> Any:
-    """The Python module of a target's compiler. Raises UserError where it is not installed."""
-    name = MODULES[target.compiler]
-    try:
-        return importlib.import_module(name)
-    except ImportError as error:
-        raise UserError(f"{name} is not installed ({error}); pip install '{name.replace('_', '-')}'") from error
-
-
-def compiler_of(target: Target) -> Compiler:
-    """Name and version of a target's compiler. Raises UserError where it is not installed."""
-    module = load_compiler(target)
-    return Compiler(module.__name__, module.__version__)
-
-
 def compile_component(job: Job, scratch: Path, on_step: OnStep = lambda phase, done, steps: None) -> PlanRecord:
     """Builds, verifies and writes one plan. `scratch` is a folder beside the plan's where the weights are too.
 
     Raises CompilerError when the compiler refuses or the plan is not what was asked for.
     """
-    start, trt = time.monotonic(), load_compiler(job.target)
+    start, trt = time.monotonic(), load_module(job.target.compiler)
     logger = _logger(trt)
     graph, plan = scratch / job.graph.name, scratch / job.plan.name
     lowered = lower(ir.load(job.graph), job.target.precision, job.target.wide_products)
@@ -93,9 +76,10 @@ def compile_component(job: Job, scratch: Path, on_step: OnStep = lambda phase, d
         component=job.component,
         key=job.key,
         target=job.target,
-        compiler=compiler_of(job.target),
+        compiler=compiler_of(trt),
         dtypes=report.dtypes,
         profiles=job.profiles,
+        budget=job.budget,
         file=record(plan),
         measured=Measured(
             weights_bytes=report.weights_bytes,

@@ -20,8 +20,9 @@ from tubelet.runtime.bundle import WEIGHTS, Bundle
 from tubelet.runtime.errors import UserError
 from tubelet.runtime.plans import FOLDER, PlanRecord, Target, plan_key, plan_path, read_record, verify_plan
 from tubelet.runtime.profiles import Profiles
+from tubelet.runtime.tensorrt import compiler_of, load_module
 
-from .compile import Job, compile_component, compiler_of
+from .compile import Job, compile_component
 from .errors import CompilerError
 from .precision import TYPES
 
@@ -53,7 +54,7 @@ def build_engines(
     """
     if target.precision not in TYPES:
         raise UserError(f"{target.precision} plans cannot be built yet; choose from {', '.join(TYPES)}")
-    compiler = compiler_of(target)
+    compiler = compiler_of(load_module(target.compiler))
     jobs, built = [], []
     for component, wanted in profiles.items():
         plan = plan_path(bundle, target, component)

@@ -129,6 +129,7 @@ class PlanRecord:
     compiler: Compiler
     dtypes: Mapping[str, str]  # of all inputs and outputs
     profiles: tuple[Mapping[str, Range], ...]
+    budget: int | None  # bytes of device memory that activations were limited to
     file: FileRecord
     measured: Measured
 
@@ -195,9 +196,61 @@ def verify_plan(plan: Path, known: PlanRecord, key: str) -> None:
     """Raises UserError unless the plan was built for this key and its file is what its record says."""
     if known.key != key:
         raise UserError(f"{plan} was built from other weights or for other profiles; build the target again")
+    verify_file(plan, known.file)
+
+
+def verify_file(plan: Path, expected: FileRecord) -> None:
+    """Raises UserError unless the plan's file is what was recorded."""
     try:
-        whole = plan.stat().st_size == known.file.bytes and record(plan) == known.file
+        whole = plan.stat().st_size == expected.bytes and record(plan) == expected
     except OSError as error:
         raise UserError(f"cannot read {plan}: {error.strerror}; build the target again") from error
     if not whole:
         raise UserError(f"{plan} is damaged: it is not what its record says; build the target again")
+
+
+@dataclass(frozen=True)
+class Plan:
+    path: Path
+    record: PlanRecord
+
+
+def find_plans(bundle: Bundle, kind: str, compiler: Compiler, architecture: str) -> dict[str, Plan]:
+    """A plan of every component that this release of a compiler built, from this bundle, for a GPU.
+
+    Where several are, the narrowest. Raises UserError that names the components without one, and why.
+    """
+    there: dict[str, list[Plan]] = {name: [] for name in bundle.manifest.components}
+    for path in sorted((bundle.folder / FOLDER).glob(f"{kind}-*/*.json")):
+        known = read_record(path)
+        if known.component in there:
+            there[known.component].append(Plan(path.with_suffix(".plan"), known))
+    found, problems = {}, {}
+    for name, plans in there.items():
+        plans.sort(key=lambda plan: (PRECISIONS[plan.record.target.precision], plan.record.target.precision))
+        told = [(plan, _problem(bundle, plan, compiler, architecture)) for plan in plans]
+        usable = [plan for plan, problem in told if problem is None]
+        if usable:
+            found[name] = usable[0]
+        else:
+            problems[name] = told[0][1] if told else "none was built"
+    if problems:
+        reasons = "; ".join(sorted({str(problem) for problem in problems.values()}))
+        raise UserError(
+            f"the bundle has no {kind} plan of {', '.join(problems)} for {architecture} ({reasons}); "
+            f"build the target {kind}:{architecture}"
+        )
+    return found
+
+
+def _problem(bundle: Bundle, plan: Plan, compiler: Compiler, architecture: str) -> str | None:
+    """Why a plan is not to be loaded, None where it is."""
+    known, folder = plan.record, plan.path.parent.name
+    if architecture not in known.target.architectures:
+        return f"{folder} is for {', '.join(known.target.architectures)}"
+    if known.compiler != compiler:
+        built, here = (f"{each.name} {each.version}" for each in (known.compiler, compiler))
+        return f"{folder} was built by {built}, installed is {here}"
+    if known.key != plan_key(bundle, known.component, known.target, known.compiler, known.profiles, known.budget):
+        return f"{folder} was built from another graph, other weights or profiles: its key differs"
+    return None
