@@ -101,10 +101,9 @@ def _eyes(chat: Chat, run: Run, beams: int) -> tuple[Callable[[Path], Frames], C
         )
 
     from ..geometry import nearest_size
-    from ..pipeline import Pipeline
     from ..studio import Studio
 
-    studio = Studio(Pipeline.open(run.bundle, run.threads))
+    studio = Studio(run.open())
     spec = studio.spec
     return (
         lambda file: read_clip(file, spec.fps, lambda size: nearest_size(spec, *size)),

@@ -72,7 +72,6 @@ def generate(
 ) -> None:
     """Make a video or an image from a prompt."""
     from ..geometry import frames_for
-    from ..pipeline import Pipeline
     from ..recipe import Recipe
     from ..request import Request
     from ..studio import Scene, Studio
@@ -85,7 +84,7 @@ def generate(
     paths = output_paths(output, len(texts or [""]) * count, sheet)
     clock = Clock()
     with clock("load"):
-        pipeline = Pipeline.open(run.bundle, run.threads)
+        pipeline = run.open()
     spec = pipeline.spec
     options = _options(like, pipeline) if like else vars(Beside(float(spec.fps), None, {}, ())).copy()
     given = {**dataclasses.asdict(size), **dataclasses.asdict(sampling), "frames": frames, "fps": fps}

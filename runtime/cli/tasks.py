@@ -200,14 +200,13 @@ class Desk:
         run: Run,
         strength: float = 1.0,
     ):
-        from ..pipeline import Pipeline
         from ..studio import Studio
 
         self.command, self.files, self.run = command, files, run
         (self.path,) = output_paths(output, 1, None)
         self.clock = Clock()
         with self.clock("load"):
-            self.pipeline = Pipeline.open(run.bundle, run.threads)
+            self.pipeline = run.open()
         self.studio = Studio(self.pipeline)
         self.fps = self.pipeline.spec.fps
         self.fit = size.fit or Fit.CROP
