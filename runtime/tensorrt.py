@@ -48,13 +48,13 @@ class TensorRt:
     def __init__(self, module: ModuleType, session: Session):
         self.module, self.session = module, session
         self._logger = _logger(module)
-        self._runtime = module.Runtime(self._logger)
+        self._native = module.Runtime(self._logger)
 
     def load(self, plan: Plan, component: Component, resident: frozenset[str]) -> TensorRtEngine:
         """Verifies a plan's file and loads it. Raises UserError when it is damaged or refused."""
         verify_file(plan.path, plan.record.file)
         with plan.path.open("rb") as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as data:
-            engine = self._runtime.deserialize_cuda_engine(data)
+            engine = self._native.deserialize_cuda_engine(data)
         if engine is None:
             raise UserError(f"{plan.path} cannot be loaded: {self.problems()}; build the target again")
         return TensorRtEngine(self, engine, plan, component, resident)
