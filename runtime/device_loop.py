@@ -129,7 +129,7 @@ class DeviceLoop(Resource):
 
     @property
     def eager(self) -> str | None:
-        """Why steps are queued one by one, None where they are a graph."""
+        """Why steps are queued piece by piece, None where each is a graph."""
         return self._workspace.eager
 
     def step(self, index: int) -> None:

@@ -6,6 +6,7 @@ loaded is when it is used, and others make room for it. May be shared by threads
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
@@ -17,7 +18,7 @@ from .errors import UserError
 from .geometry import Geometry
 from .loop import Steps
 from .plans import Plan
-from .profiles import nearest, select
+from .profiles import Profile, nearest, select
 from .residency import Residency
 from .tensorrt import TensorRt, TensorRtEngine
 
@@ -26,9 +27,9 @@ class PlanEngines:
     def __init__(self, runtime: TensorRt, bundle: Bundle, plans: dict[str, Plan], residency: Residency):
         """Loads all engines if there is room. Raises UserError for a plan that is damaged or refused."""
         self._runtime, self._bundle, self._plans, self._residency = runtime, bundle, plans, residency
-        self._session = runtime.session
+        self.session = runtime.session
         self._loaded: dict[str, TensorRtEngine] = {}
-        self._workspaces = Workspaces(self._session)
+        self._workspaces = Workspaces(self.session)
         if len(residency.groups) == 1:
             try:
                 for name in plans:
@@ -44,7 +45,7 @@ class PlanEngines:
 
     def check(self, geometry: Geometry, batch: int) -> None:
         """Raises UserError, with the nearest shape, for a clip that no profile takes."""
-        profiles = {name: plan.record.profiles for name, plan in self._plans.items()}
+        profiles = {name: self.profiles(name) for name in self._plans}
         _, rows, columns = geometry.latent
         tokens = {"N": geometry.tokens}
         clip = f"{geometry.width}x{geometry.height} with {geometry.frames} frames"
@@ -58,22 +59,25 @@ class PlanEngines:
         if select(profiles["denoiser"], {**tokens, "B": batch}) is None:
             raise UserError(f"the plans take no batch of {batch} for {clip}; leave guidance at 1, or build for it")
 
+    def profiles(self, name: str) -> Sequence[Profile]:
+        return self._plans[name].record.profiles
+
     def loop(self, steps: Steps) -> DeviceLoop:
-        return DeviceLoop(self._session, self._workspaces, lambda: self.load("denoiser"), steps)
+        return DeviceLoop(self.session, self._workspaces, lambda: self.load("denoiser"), steps)
 
     def warm_up(self) -> None:
         for name in self._plans:
-            with self._session.lock:
+            with self.session.lock:
                 self.load(name).warm_up()
 
     def close(self) -> None:
-        with self._session.lock:
+        with self.session.lock:
             for name in list(self._loaded):
                 self._unload(name)
-            self._session.close()
+            self.session.close()
 
     def run(self, name: str, inputs: Arrays) -> dict[str, Any]:
-        with self._session.lock:
+        with self.session.lock:
             return self.load(name)(inputs)
 
     def load(self, name: str) -> TensorRtEngine:
@@ -89,7 +93,7 @@ class PlanEngines:
         if name == "denoiser":
             self._workspaces.unload()
         self._loaded.pop(name).close()
-        self._session.scratch.release()
+        self.session.scratch.release()
 
 
 def _stays(component: str, output: str) -> bool:

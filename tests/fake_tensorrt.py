@@ -30,6 +30,7 @@ WIDE = {"ids": "int64", "mask": "int64", "position": "int64"}  # by port; others
 PRECISE = {"time_features", "rope_cos", "rope_sin"}
 WEIGHTS_BYTES, SCRATCH_BYTES = 1 << 20, 64  # scratch: for each value of the first input
 VERSION = "11.0.0.1"
+RTX, RTX_FP16 = (Target("rtx", ("sm89",), precision) for precision in ("fp32", "fp16"))
 
 
 class FakeTensorRt:

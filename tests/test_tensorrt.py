@@ -25,7 +25,8 @@ from typing import Any
 import numpy as np
 import pytest
 from fake_device import FakeDevice
-from fake_tensorrt import FakeTensorRt, build_plans, spans
+from fake_tensorrt import RTX, FakeTensorRt, build_plans, spans
+from gpu import acceptance
 from numpy.typing import NDArray
 
 from tubelet.runtime import EMBEDDED, Bundle, Cancelled, Generation, Pipeline, Request, Studio, UserError, targets
@@ -36,7 +37,6 @@ from tubelet.runtime.memory import DeviceError
 from tubelet.runtime.plans import Target
 from tubelet.runtime.profiles import Range
 
-RTX = Target("rtx", ("sm89",), "fp32")
 SMALL = Request("a red circle moves right on a white background", width=48, height=48, frames=9, steps=4)
 
 
@@ -181,6 +181,15 @@ def test_narrow_plans_are_near(machine: Machine, on_cpu: Pipeline, precision: st
         difference = on_gpu.generate(SMALL).astype(np.float64) - on_cpu.generate(SMALL)
 
     assert 10 * np.log10(255**2 / np.mean(difference**2)) > least
+
+
+def test_the_acceptance_of_a_gpu_runs(on_gpu: Pipeline, on_cpu: Pipeline) -> None:
+    """What `tests/gpu` measures, here in the time of the CPU."""
+    assert max(acceptance.parity(on_gpu, on_cpu).values()) == 0
+    assert acceptance.psnr(on_gpu, on_cpu) > 100
+    assert acceptance.graphs(on_gpu)["why no graph"] is None
+    assert min(acceptance.latency(on_gpu).values()) > 0
+    assert set(acceptance.switching(on_gpu)) == {"in a row", "in turn", "switch"}
 
 
 # ---- graphs and memory ----
