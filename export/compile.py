@@ -141,6 +141,7 @@ def _configure(trt: Any, builder: Any, job: Job, on_step: OnStep) -> Any:
     config = builder.create_builder_config()
     config.profiling_verbosity = trt.ProfilingVerbosity.DETAILED
     config.clear_flag(trt.BuilderFlag.TF32)  # what is float32 in a narrow graph is so for its precision
+    config.set_preview_feature(trt.PreviewFeature.RUNTIME_ACTIVATION_RESIZE_10_10, True)  # scratch memory by shape
     config.progress_monitor = _monitor(trt, on_step)
     if job.budget is not None:
         config.set_memory_pool_limit(trt.MemoryPoolType.WORKSPACE, job.budget)

@@ -58,7 +58,7 @@ class Pipeline:
     def warm_up(self) -> None:
         """Runs every engine at every size that its plan was made for, so that no request has to wait for kernels.
 
-        For services: with TensorRT-RTX it takes minutes the first time, and seconds when the kernels were kept.
+        For services. TensorRT-RTX compiles kernels the first time, and finds them again in a file later.
         """
         self.engines.warm_up()
 

@@ -17,19 +17,22 @@ from .engines import Arrays, Binding, Engine
 from .errors import UserError
 from .geometry import Geometry
 from .loop import Steps
+from .memory import Resource
 from .plans import Plan
 from .profiles import Profile, nearest, select
 from .residency import Residency
+from .session import Session
 from .tensorrt import TensorRt, TensorRtEngine
 
 
-class PlanEngines:
+class PlanEngines(Resource):
     def __init__(self, runtime: TensorRt, bundle: Bundle, plans: dict[str, Plan], residency: Residency):
         """Loads all engines if there is room. Raises UserError for a plan that is damaged or refused."""
         self._runtime, self._bundle, self._plans, self._residency = runtime, bundle, plans, residency
         self.session = runtime.session
         self._loaded: dict[str, TensorRtEngine] = {}
         self._workspaces = Workspaces(self.session)
+        super().__init__(_release, self._loaded, self._workspaces, self.session)
         if len(residency.groups) == 1:
             try:
                 for name in plans:
@@ -70,12 +73,6 @@ class PlanEngines:
             with self.session.lock:
                 self.load(name).warm_up()
 
-    def close(self) -> None:
-        with self.session.lock:
-            for name in list(self._loaded):
-                self._unload(name)
-            self.session.close()
-
     def run(self, name: str, inputs: Arrays) -> dict[str, Any]:
         with self.session.lock:
             return self.load(name)(inputs)
@@ -94,6 +91,16 @@ class PlanEngines:
             self._workspaces.unload()
         self._loaded.pop(name).close()
         self.session.scratch.release()
+
+
+def _release(loaded: dict[str, TensorRtEngine], workspaces: Workspaces, session: Session) -> None:
+    """Engines go before their device, at the end of the process too."""
+    with session.lock:
+        workspaces.unload()
+        for engine in loaded.values():
+            engine.close()
+        loaded.clear()
+        session.close()
 
 
 def _stays(component: str, output: str) -> bool:

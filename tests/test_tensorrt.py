@@ -395,6 +395,7 @@ def test_another_gpu_and_no_driver_are_named(machine: Machine, monkeypatch: pyte
 def test_auto_takes_the_first_that_works_and_says_why_not_others(machine: Machine, monkeypatch: Any) -> None:
     told = str(machine.open("auto").target)
     assert told.startswith("cpu, onnxruntime ") and "not rtx: the bundle has no plans of rtx; make them with" in told
+    assert "not cuda: onnxruntime " in told and "has no CUDAExecutionProvider; install onnxruntime-gpu" in told
     build_plans(machine.bundle, RTX)
     build_plans(machine.bundle, Target("tensorrt", ("sm89",), "fp32"))
     monkeypatch.setitem(sys.modules, "tensorrt", None)

@@ -1,8 +1,8 @@
 """The acceptance of a GPU: its plans are built, loaded and compared, and what was measured is written to a report.
 
-Proves, where there is a GPU and TensorRT or TensorRT-RTX: each component is near ONNX Runtime's, a whole clip is, a step
-is a graph, every profile can be switched to. Writes gpu-report.json: parity of each component, seconds of each stage,
-with and without a graph, and of switching profiles. Skipped elsewhere.
+Proves, where there is a GPU and TensorRT or TensorRT-RTX: each component is near ONNX Runtime's, a whole clip is, a
+step is a graph, every profile can be switched to. Writes gpu-report.json: parity of each component, seconds of each
+stage, with and without a graph, and of switching profiles. Skipped elsewhere.
 
 Run: pytest -m gpu tests/gpu
 """
