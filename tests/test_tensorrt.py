@@ -389,6 +389,20 @@ def test_another_gpu_and_no_driver_are_named(machine: Machine, monkeypatch: pyte
         machine.open()
 
 
+def test_real_plans_meet_the_real_runtime(
+    compiled: Bundle, cuda_host: ctypes.CDLL, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As far as it goes without a GPU: TensorRT-RTX takes the file and says that it finds no driver."""
+    pytest.importorskip("tensorrt_rtx")
+    device = FakeDevice(cuda_host, total=4 << 30, architecture="sm120")
+    monkeypatch.setattr(targets, "CudaDevice", lambda: device)
+
+    with pytest.raises(UserError, match=r"text_encoder\.plan cannot be loaded: .*(CUDA|Cuda)"):
+        Pipeline.open(compiled, "rtx")
+
+    assert not device.buffers
+
+
 # ---- which target ----
 
 
