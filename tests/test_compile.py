@@ -6,6 +6,7 @@ pytest tests/test_compile.py
 from __future__ import annotations
 
 import dataclasses
+import io
 import json
 import multiprocessing
 import os
@@ -20,6 +21,7 @@ from typing import Any
 import onnx_ir as ir
 import pytest
 from compiled import MAX_PROFILES, TARGET, TRAFFIC, profiles
+from rich.console import Console
 
 from tubelet.export.compile import Job, verify
 from tubelet.export.compiler_report import HEADER, MAGIC, Layer, Report, architectures, parse_report
@@ -28,6 +30,7 @@ from tubelet.export.errors import CompilerError
 from tubelet.export.precision import PRECISE, Lowered
 from tubelet.runtime import EMBEDDED, Bundle, UserError
 from tubelet.runtime.bundle import FileRecord
+from tubelet.runtime.cli import plans
 from tubelet.runtime.plans import (
     COMPILERS,
     FOLDER,
@@ -125,6 +128,18 @@ def test_the_command_says_what_it_built(tubelet: Callable[..., Any], compiled: B
     assert result.code == 0, result.err
     assert result.err.count("up to date") == len(COMPONENTS)
     assert all(component in result.out for component in COMPONENTS)
+
+
+def test_progress_shows_the_phase_and_its_layers(monkeypatch: pytest.MonkeyPatch) -> None:
+    screen = io.StringIO()
+    console = Console(file=screen, force_terminal=True, width=120)
+    monkeypatch.setattr(plans, "err", console)
+    with plans.Bars() as bars:
+        bars.step(Event("denoiser", "Cloning network graph", 7898, 7899))
+        bars.step(Event("conditioner", plans.LONGEST, 3, 5))
+    shown = screen.getvalue()
+    assert "denoiser: cloning network graph, 7898 of 7899" in shown
+    assert "conditioner: computing profile costs, 3 of 5" in shown
 
 
 def test_inspect_shows_the_plans(tubelet: Callable[..., Any], compiled: Bundle) -> None:
