@@ -144,10 +144,10 @@ def test_progress_shows_the_phase_and_its_layers(monkeypatch: pytest.MonkeyPatch
 
 def test_inspect_shows_the_plans(tubelet: Callable[..., Any], compiled: Bundle) -> None:
     shown = tubelet("inspect", str(compiled.folder)).out
-    assert "Plans" in shown and TARGET.name in shown
+    assert TARGET.name in shown
     told = json.loads(tubelet("inspect", str(compiled.folder), "--json").out)
     assert {plan["component"] for plan in told["plans"]} == set(COMPONENTS)
-    assert "Plans" not in tubelet("inspect").out
+    assert "rtx" not in tubelet("inspect").out
 
 
 def test_a_budget_that_is_too_small_is_an_error(
@@ -158,7 +158,7 @@ def test_a_budget_that_is_too_small_is_an_error(
 
     result = tubelet("build", str(embedded_copy), *arguments, "--memory", "0.001")
     assert result.code == 2
-    assert "conditioner: the plan needs 8,463,360 bytes for activations, the budget is 1,000,000" in result.err
+    assert "the compiler refused conditioner within 1,000,000 bytes for activations: " in result.err
     assert not [path for path in (embedded_copy / FOLDER).rglob("*") if path.is_file()]
 
 
@@ -209,7 +209,7 @@ def test_a_signal_leaves_nothing_behind(
     until(lambda: list(embedded_copy.glob(f"{FOLDER}/.*/denoiser.plan")))  # the compiler is at work
 
     send(process.pid, number)
-    _, errors = process.communicate(timeout=60)
+    _, errors = process.communicate(timeout=300)
     assert process.returncode == 128 + number
     assert "interrupted: nothing unfinished is kept" in errors and "Traceback" not in errors
     assert [path.name for path in (embedded_copy / FOLDER).rglob("*")] == ["rtx-sm86-bf16"]
