@@ -122,19 +122,28 @@ def write_bundle(folder: Path) -> None:
     write_manifest(folder, Manifest(SCHEMA, key, {}, ("cpu",), checkpoint.spec, components, files, ()))
 
 
+def cpu_seconds() -> float:
+    """Of this process and of those that it started and that have ended."""
+    used = (resource.getrusage(who) for who in (resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN))
+    return sum(each.ru_utime + each.ru_stime for each in used)
+
+
 class Stages:
-    """Seconds by stage, and this process's peak memory after each."""
+    """Seconds by stage, of the clock and of all cores, and this process's peak memory after each."""
 
     def __init__(self) -> None:
         self.found: dict[str, dict[str, float]] = {}
 
     @contextmanager
     def __call__(self, name: str) -> Iterator[None]:
-        start = time.monotonic()
+        start, cpu = time.monotonic(), cpu_seconds()
         yield
-        peak = 1024 * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-        self.found[name] = {"seconds": round(time.monotonic() - start, 1), "peak_gib": round(peak / GIB, 2)}
-        print(f"{name}: {self.found[name]['seconds']} s, {self.found[name]['peak_gib']} GiB at peak", flush=True)
+        self.found[name] = {
+            "seconds": round(time.monotonic() - start, 1),
+            "cpu_seconds": round(cpu_seconds() - cpu, 1),
+            "peak_gib": round(1024 * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / GIB, 2),
+        }
+        print(name, self.found[name], flush=True)
 
 
 def told(record: PlanRecord) -> dict[str, object]:

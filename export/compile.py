@@ -69,7 +69,8 @@ def compile_component(job: Job, scratch: Path, on_step: OnStep = lambda phase, d
     with plan.open("wb") as file:
         writer = _writer(trt, file)
         if not builder.build_serialized_network_to_stream(network, config, writer):
-            raise writer.error or CompilerError(f"the compiler refused {job.component}: {logger.problems()}")
+            within = f" within {job.budget:,} bytes for activations" if job.budget is not None else ""
+            raise writer.error or CompilerError(f"the compiler refused {job.component}{within}: {logger.problems()}")
     report = parse_report(logger.lines)
     verify(job, lowered, report, plan)
     written = PlanRecord(

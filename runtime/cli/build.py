@@ -12,7 +12,7 @@ from ..bundle import Bundle
 from ..errors import UserError
 from ..plans import Target
 from .app import app, out
-from .plans import Bars, records_table
+from .plans import Bars, records_tables
 
 Jobs = Annotated[int, typer.Option(min=1, help="Plans built at the same time.")]
 CORES = os.cpu_count() or 1
@@ -54,4 +54,4 @@ def build(
             built = build_engines(opened, wanted, profiles, jobs, budget, bars.step, bars.finish)
         except CompilerError as error:
             raise UserError(str(error)) from error
-    out.print(records_table(built))
+    out.print(*records_tables(built))

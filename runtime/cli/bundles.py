@@ -16,7 +16,7 @@ from ..errors import UserError
 from ..plans import records
 from .app import app, err, out
 from .output import read_recipe
-from .plans import records_table
+from .plans import records_tables
 
 
 @app.command()
@@ -68,9 +68,7 @@ def _inspect_bundle(opened: Bundle, as_json: bool) -> None:
     parity = Table("component", "target", "shape", "max |difference|", "relative", title="Parity against torch")
     for row in manifest.parity:
         parity.add_row(row.component, row.target, row.shape, f"{row.max_abs:.1e}", f"{row.relative:.1e}")
-    out.print(components, files, parity)
-    if plans:
-        out.print(records_table(plans))
+    out.print(components, files, parity, *records_tables(plans))
 
 
 def _ports(ports: Any) -> str:

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterable
+from itertools import groupby
 from typing import TYPE_CHECKING
 
 from rich.filesize import decimal
 from rich.progress import BarColumn, Progress, TaskID, TextColumn, TimeElapsedColumn, TimeRemainingColumn
-from rich.table import Table
+from rich.table import Column, Table
 
 from ..plans import PlanRecord
 from .app import err
@@ -19,17 +20,24 @@ if TYPE_CHECKING:
 LONGEST = "Computing profile costs"  # the compiler's phase that takes nearly all of its time: kernels of each profile
 
 
-def records_table(records: Sequence[PlanRecord]) -> Table:
-    """What plans are and take."""
-    columns = ("target", "component", "profiles", "plan", "weights", "activations", "attention", "kernels", "time")
-    table = Table(*columns, title="Plans")
+def records_tables(records: Iterable[PlanRecord]) -> list[Table]:
+    """What plans are and take, a table for each target."""
+    return [_table(target, of) for target, of in groupby(records, key=lambda record: record.target.name)]
+
+
+def _table(title: str, records: Iterable[PlanRecord]) -> Table:
+    table = Table(
+        Column("component", no_wrap=True),
+        *("profiles", "plan", "weights", "activations", "kernels", "time"),
+        title=title,
+        title_justify="left",
+    )
     for each in records:
         measured = each.measured
         table.add_row(
-            *(each.target.name, each.component, str(len(each.profiles))),
-            *(decimal(each.file.bytes), decimal(measured.weights_bytes)),
-            " ".join(decimal(n) for n in measured.activation_bytes),
-            *(str(measured.fused_attentions), str(measured.kernels), f"{measured.seconds:.0f} s"),
+            *(each.component, str(len(each.profiles)), decimal(each.file.bytes), decimal(measured.weights_bytes)),
+            "\n".join(decimal(n) for n in measured.activation_bytes),
+            *(str(measured.kernels), f"{measured.seconds:.0f} s"),
         )
     return table
 
