@@ -23,6 +23,7 @@ from typing import Any
 import numpy as np
 
 from tubelet.runtime import EMBEDDED, Pipeline, Request, VideoWriter
+from tubelet.runtime.targets import HostEngines
 
 PROMPT = "a red circle moves right on a white background"
 
@@ -122,7 +123,8 @@ def main() -> None:
         decodes = {frames: child(DECODE.format(latents=1 + (frames - 1) // 4)) for frames in (33, 1025)}
         pipeline = Pipeline.open(EMBEDDED)
         inside = [0.0]
-        pipeline.engines = {name: TimedEngine(engine, inside) for name, engine in pipeline.engines.items()}
+        engines = pipeline.engines
+        pipeline.engines = HostEngines(lambda name: TimedEngine(engines[name], inside))
         one_request(pipeline, inside, path)  # warm-up
         runs = [one_request(pipeline, inside, path) for _ in range(repeats)]
     result: dict[str, Any] = {name: statistics.median(run[name] for run in runs) for name in runs[0]}

@@ -197,5 +197,7 @@ NB_MODULE(_kernels, module) {
                "known"_a.none(), "clean"_a.none(), "noise"_a.none(), "clean_scale"_a, "noise_scale"_a);
     };
     define(module, &rope3d, &pack, &unpack, &guided_step);
-    define(module.def_submodule("cuda"), &cuda_rope3d, &cuda_pack, &cuda_unpack, &cuda_guided_step);
+    nb::module_ cuda = module.def_submodule("cuda");
+    define(cuda, &cuda_rope3d, &cuda_pack, &cuda_unpack, &cuda_guided_step);
+    cuda.attr("STEP_BYTES") = sizeof(tubelet::GuidedStep);
 }

@@ -11,8 +11,8 @@
     count = 12
     precision = "fp8"            # of the denoiser; below 16 bits all else is bf16, before sm80 fp16
 
-Flows in: fleet.toml, the bundles and the traffic that it names. Flows out: a FleetPlan, data to build and check by.
-Needs no torch and no compiler; knows nothing of how a plan is built.
+Flows in: fleet.toml, the bundles and the traffic that it names. Flows out: a FleetPlan, which `fleet_build` builds and
+`fleet_check` checks by. Needs no torch and no compiler; knows nothing of how a plan is built.
 """
 
 from __future__ import annotations
@@ -23,6 +23,7 @@ from pathlib import Path
 
 from tubelet.runtime.bundle import Bundle, Component
 from tubelet.runtime.errors import UserError
+from tubelet.runtime.plans import ARCHITECTURES, COMPILERS, PRECISIONS, Target
 from tubelet.runtime.profiles import Profile
 from tubelet.runtime.spec import ModelSpec
 from tubelet.runtime.strict import read, read_toml, require, require_positive
@@ -30,26 +31,6 @@ from tubelet.runtime.strict import read, read_toml, require, require_positive
 from .estimate import activation_bytes, build_seconds, plan_growth, weight_bytes
 from .profiles import Choice, Outside, choose
 from .traffic import read_traffic
-
-TARGETS = {  # by architecture
-    **dict.fromkeys(("sm75", "sm80", "sm86", "sm89", "sm120", "sm121"), "rtx"),
-    **dict.fromkeys(("sm90", "sm100"), "tensorrt"),
-}
-
-
-@dataclass(frozen=True)
-class Precision:
-    bytes_each: float  # of a weight, its scales among them
-    architectures: tuple[str, ...]
-
-
-PRECISIONS = {
-    "fp16": Precision(2, tuple(TARGETS)),
-    "bf16": Precision(2, tuple(name for name in TARGETS if name != "sm75")),
-    "int8": Precision(1, tuple(TARGETS)),
-    "fp8": Precision(1, ("sm89", "sm90", "sm100", "sm120", "sm121")),
-    "nvfp4": Precision(9 / 16, ("sm100", "sm120", "sm121")),  # 4 bits, and 8 for each 16 weights
-}
 
 
 @dataclass(frozen=True)
@@ -64,23 +45,23 @@ class Sku:
 
     def __post_init__(self) -> None:
         require_positive(self, "sku")
-        _require_one_of("sku.architecture", self.architecture, TARGETS)
+        _require_one_of("sku.architecture", self.architecture, ARCHITECTURES)
         _require_one_of("sku.precision", self.precision, PRECISIONS)
-        have = [name for name, precision in PRECISIONS.items() if self.architecture in precision.architectures]
+        have = ARCHITECTURES[self.architecture].precisions
         require(
             self.precision in have,
             f"sku.precision {self.precision} is not there on {self.architecture}; choose from {', '.join(have)}",
         )
 
     @property
-    def target(self) -> str:
-        return TARGETS[self.architecture]
+    def compiler(self) -> str:
+        return ARCHITECTURES[self.architecture].compilers[0]
 
     def precision_of(self, component: str) -> str:
         """Only the denoiser goes below 16 bits."""
-        if component == "denoiser" or PRECISIONS[self.precision].bytes_each == 2:
+        if component == "denoiser" or PRECISIONS[self.precision] >= 2:
             return self.precision
-        return "bf16" if self.architecture in PRECISIONS["bf16"].architectures else "fp16"
+        return "bf16" if "bf16" in ARCHITECTURES[self.architecture].precisions else "fp16"
 
 
 @dataclass(frozen=True)
@@ -108,9 +89,7 @@ class Build:
 
     model: str  # as fleet.toml names it
     component: str
-    target: str
-    precision: str
-    architectures: tuple[str, ...]
+    target: Target
     machine: str | None  # the SKU that it must be built on; None: any machine with TensorRT-RTX, and no GPU needed
     skus: tuple[str, ...]  # that load it
     profiles: tuple[Profile, ...]
@@ -136,6 +115,7 @@ class Cell:
 @dataclass(frozen=True)
 class FleetPlan:
     fleet: Fleet
+    bundles: Mapping[str, Bundle]  # by model
     builds: tuple[Build, ...]
     cells: tuple[Cell, ...]
     outside: Mapping[str, tuple[Outside, ...]]  # by model: shapes of the traffic that it cannot serve
@@ -165,11 +145,11 @@ def plan_fleet(path: Path) -> FleetPlan:
     Raises UserError when the fleet, its traffic or a bundle cannot be read, or a model serves none of the traffic.
     """
     fleet, folder = read_fleet(path), path.parent
+    bundles = {model: Bundle.open(folder / model) for model in fleet.models}
     builds: list[Build] = []
     cells: list[Cell] = []
     outside = {}
-    for model in fleet.models:
-        bundle = Bundle.open(folder / model)
+    for model, bundle in bundles.items():
         spec, components = bundle.spec, bundle.manifest.components
         choice = choose(spec, read_traffic(folder / fleet.traffic, spec), fleet.max_profiles)
         for name, component in components.items():
@@ -177,7 +157,7 @@ def plan_fleet(path: Path) -> FleetPlan:
         for sku in fleet.sku:
             cells += _cells(spec, model, components, choice, sku)
         outside[model] = choice.outside
-    return FleetPlan(fleet, tuple(builds), tuple(cells), outside)
+    return FleetPlan(fleet, bundles, tuple(builds), tuple(cells), outside)
 
 
 def _builds(
@@ -186,30 +166,29 @@ def _builds(
     """The plans of one component, each for as many SKUs as it can serve."""
     shared: dict[tuple[str, str, str | None], list[Sku]] = {}
     for sku in skus:
-        machine = None if sku.target == "rtx" else sku.name
-        shared.setdefault((sku.target, sku.precision_of(name), machine), []).append(sku)
+        machine = None if sku.compiler == "rtx" else sku.name
+        shared.setdefault((sku.compiler, sku.precision_of(name), machine), []).append(sku)
     return [
         Build(
             model=model,
             component=name,
-            target=target,
-            precision=precision,
-            architectures=tuple(sorted({sku.architecture for sku in group}, key=list(TARGETS).index)),
+            target=Target(
+                compiler,
+                tuple(sorted({sku.architecture for sku in group}, key=COMPILERS[compiler].index)),
+                precision,
+            ),
             machine=machine,
             skus=tuple(sku.name for sku in group),
             profiles=tuple(profiles),
-            plan_bytes=weight_bytes(component, PRECISIONS[precision].bytes_each)
-            + plan_growth(spec, name, len(profiles)),
+            plan_bytes=weight_bytes(component, PRECISIONS[precision]) + plan_growth(spec, name, len(profiles)),
             seconds=build_seconds(spec, name, len(profiles)),
         )
-        for (target, precision, machine), group in shared.items()
+        for (compiler, precision, machine), group in shared.items()
     ]
 
 
 def _cells(spec: ModelSpec, model: str, components: Mapping[str, Component], choice: Choice, sku: Sku) -> list[Cell]:
-    weights = sum(
-        weight_bytes(component, PRECISIONS[sku.precision_of(name)].bytes_each) for name, component in components.items()
-    )
+    weights = sum(weight_bytes(component, PRECISIONS[sku.precision_of(name)]) for name, component in components.items())
     cells = []
     for name, component in components.items():
         for index, profile in enumerate(choice.profiles[name]):

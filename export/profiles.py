@@ -15,14 +15,15 @@ are best.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Hashable, Sequence
+from collections.abc import Callable, Hashable, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
 from typing import TypeVar
 
 import numpy as np
 
-from tubelet.runtime.bundle import Component, Manifest, sizes
+from tubelet.runtime.bundle import Manifest, sizes
+from tubelet.runtime.bundle import Shape as PortShape
 from tubelet.runtime.caption import MAX_BEAMS
 from tubelet.runtime.errors import UserError
 from tubelet.runtime.geometry import Geometry, plan
@@ -237,18 +238,16 @@ def _fixed(value: int) -> Range:
 Bounds = tuple[tuple[int, ...], tuple[int, ...], tuple[int, ...]]  # min, opt and max shape
 
 
-def input_shapes(component: Component, profile: Profile) -> dict[str, Bounds]:
+def input_shapes(inputs: Mapping[str, PortShape], profile: Profile) -> dict[str, Bounds]:
     """A profile as TensorRT takes it: min, opt and max shape of every input."""
     least, usual, most = ({n: getattr(r, bound) for n, r in profile.items()} for bound in ("min", "opt", "max"))
-    return {
-        name: (sizes(shape, least), sizes(shape, usual), sizes(shape, most)) for name, shape in component.inputs.items()
-    }
+    return {name: (sizes(shape, least), sizes(shape, usual), sizes(shape, most)) for name, shape in inputs.items()}
 
 
 def component_profiles(manifest: Manifest, traffic: Sequence[Shape], limit: int) -> dict[str, list[dict[str, Bounds]]]:
     """For every component its profiles, as `input_shapes`."""
     profiles = choose(manifest.spec, traffic, limit).profiles
     return {
-        name: [input_shapes(component, profile) for profile in profiles[name]]
+        name: [input_shapes(component.inputs, profile) for profile in profiles[name]]
         for name, component in manifest.components.items()
     }

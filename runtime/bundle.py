@@ -43,6 +43,21 @@ def sizes(shape: Shape, extents: Extents) -> tuple[int, ...]:
     )
 
 
+def extents(ports: Mapping[str, Shape], shapes: Mapping[str, tuple[int, ...]]) -> dict[str, int]:
+    """The varying extents of ports where their shapes are these. Raises UserError where the shapes do not fit."""
+    found: dict[str, int] = {}
+    for name, port in ports.items():
+        for extent, size in zip(port, shapes.get(name, ()), strict=False):
+            *factors, symbol = str(extent).split("*")
+            if not symbol.isdigit():
+                found[symbol] = size // math.prod(map(int, factors))
+    for name, port in ports.items():
+        if name not in shapes or shapes[name] != sizes(port, found):
+            given = list(shapes[name]) if name in shapes else "nothing"
+            raise UserError(f"{name} must have the shape [{', '.join(map(str, port))}], has {given}")
+    return found
+
+
 @dataclass(frozen=True)
 class FileRecord:
     bytes: int

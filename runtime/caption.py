@@ -7,14 +7,14 @@ Flows in: a normalised latent [C,T',h,w] (`Pipeline.encode` makes it) and the en
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
 from . import kernels
-from .engines import Engine
+from .engines import Components, Engine
 from .errors import UserError
 from .geometry import coordinate_columns
 from .spec import CaptionerSpec, ModelSpec
@@ -32,7 +32,7 @@ Step = Callable[[int, Ids, Ids], Float64]
 class Captioner:
     """Names clips with a loaded model's engines. May be shared by threads."""
 
-    def __init__(self, spec: ModelSpec, engines: Mapping[str, Engine], tokenizer: PromptTokenizer):
+    def __init__(self, spec: ModelSpec, engines: Components, tokenizer: PromptTokenizer):
         """Raises UserError when the model has no captioner."""
         if spec.captioner is None:
             raise UserError(f"the model {spec.name} has no captioner; export one that has")

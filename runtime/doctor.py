@@ -11,11 +11,10 @@ import os
 import platform
 from dataclasses import dataclass
 
-from . import kernels
+from . import kernels, targets
 from .bundle import EMBEDDED, Bundle
 from .errors import UserError
-
-LATER_TARGETS = ("cuda", "rtx", "tensorrt")
+from .memory import DeviceError
 
 
 @dataclass(frozen=True)
@@ -31,10 +30,9 @@ def examine() -> list[Finding]:
         Finding("python", True, f"{platform.python_version()} on {platform.machine()}, {os.cpu_count()} cores"),
         _extension(),
         _embedded(),
-        _onnxruntime(),
         _export(),
         _driver(),
-        *(Finding(f"target {name}", False, "this version of tubelet has no such engine") for name in LATER_TARGETS),
+        *map(_target, targets.TARGETS),
     ]
 
 
@@ -44,12 +42,11 @@ def _extension() -> Finding:
     return Finding("extension", True, "built" if kernels.THREADED else "built without OpenMP: one thread")
 
 
-def _onnxruntime() -> Finding:
+def _target(name: str) -> Finding:
     try:
-        import onnxruntime
-    except ImportError as error:
-        return Finding("target cpu", False, f"{error}: install tubelet with its extra cpu")
-    return Finding("target cpu", True, f"onnxruntime {onnxruntime.__version__}")
+        return Finding(f"target {name}", True, targets.examine(name))
+    except (UserError, DeviceError) as error:
+        return Finding(f"target {name}", False, str(error))
 
 
 def _export() -> Finding:

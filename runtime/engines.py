@@ -1,7 +1,8 @@
 """What runs a compiled graph: the Engine protocol, and the engine on ONNX Runtime.
 
-Flows in: a bundle's graph and NumPy arrays by name. Flows out: NumPy arrays by name. A loop that runs one graph many
-times binds its arrays once and replays; nothing is allocated in between. Knows nothing of what the graphs mean.
+Flows in: a bundle's graph and arrays by name. Flows out: arrays by name: NumPy's, or such as an engine leaves on its
+device for another engine. A loop that runs one graph many times binds its arrays once and replays; nothing is allocated
+in between. Knows nothing of what the graphs mean.
 """
 
 from __future__ import annotations
@@ -10,12 +11,11 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Protocol
 
-import numpy as np
-
 from .errors import UserError
 
 MAX_THREADS = 1024
-Arrays = Mapping[str, np.ndarray[Any, Any]]
+CPU, CUDA = "CPUExecutionProvider", "CUDAExecutionProvider"
+Arrays = Mapping[str, Any]
 
 
 class Binding(Protocol):
@@ -29,29 +29,47 @@ class Engine(Protocol):
         """Fixes the arrays of many runs; they must be contiguous and stay alive."""
         ...
 
-    def __call__(self, inputs: Arrays) -> dict[str, np.ndarray[Any, Any]]:
+    def __call__(self, inputs: Arrays) -> dict[str, Any]:
         """One run with fresh outputs."""
         ...
 
 
-class OnnxRuntimeEngine:
-    """An engine on ONNX Runtime's CPU provider."""
+class Components(Protocol):
+    """A bundle's engines by component."""
 
-    def __init__(self, graph: Path, threads: int | None = None):
+    def __getitem__(self, name: str) -> Engine: ...
+
+
+def require_provider(provider: str) -> str:
+    """Which ONNX Runtime is installed. Raises UserError where none is, or one without this execution provider."""
+    try:
+        import onnxruntime as ort
+    except ImportError as error:
+        raise UserError(f"{error}: install tubelet with its extra cpu") from error
+    if provider not in ort.get_available_providers():
+        raise UserError(f"onnxruntime {ort.__version__} has no {provider}; install onnxruntime-gpu")
+    return f"onnxruntime {ort.__version__}"
+
+
+class OnnxRuntimeEngine:
+    """An engine on one of ONNX Runtime's execution providers."""
+
+    def __init__(self, graph: Path, threads: int | None = None, provider: str = CPU):
         """Loads a graph and its weights. Raises UserError when ONNX Runtime is absent or refuses the graph."""
-        try:
-            import onnxruntime as ort
-        except ImportError as error:
-            raise UserError("ONNX Runtime is not installed; run pip install onnxruntime") from error
+        require_provider(provider)
+        import onnxruntime as ort
+
         if threads is not None and not 1 <= threads <= MAX_THREADS:
             raise UserError(f"threads must be from 1 to {MAX_THREADS}, is {threads}")
         options = ort.SessionOptions()
         options.intra_op_num_threads = threads or 0
         options.log_severity_level = 3
         try:
-            self._session = ort.InferenceSession(str(graph), options, providers=["CPUExecutionProvider"])
+            self._session = ort.InferenceSession(str(graph), options, providers=[provider])
         except Exception as error:  # ONNX Runtime's classes derive from Exception alone
             raise UserError(f"ONNX Runtime cannot load {graph}: {error}; export the bundle again") from error
+        if provider not in self._session.get_providers():  # it falls back to the CPU with a warning
+            raise UserError(f"ONNX Runtime cannot use {provider}; install CUDA and cuDNN as onnxruntime-gpu needs them")
         self._outputs = tuple(port.name for port in self._session.get_outputs())
 
     def bind(self, inputs: Arrays, outputs: Arrays) -> Binding:
@@ -61,7 +79,7 @@ class OnnxRuntimeEngine:
                 bind(name, "cpu", 0, array.dtype.type, array.shape, array.ctypes.data)
         return _OnnxRuntimeBinding(self._session, io, (inputs, outputs))
 
-    def __call__(self, inputs: Arrays) -> dict[str, np.ndarray[Any, Any]]:
+    def __call__(self, inputs: Arrays) -> dict[str, Any]:
         return dict(zip(self._outputs, self._session.run(None, dict(inputs)), strict=True))
 
 

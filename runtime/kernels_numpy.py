@@ -12,6 +12,8 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from .dtypes import from_float, to_float
+
 Array = NDArray[Any]
 Triple = tuple[int, int, int]
 
@@ -92,9 +94,9 @@ def guided_step(
     rows = max(1, _BLOCK // max(1, width))
     for at in range(0, count, rows):
         block = slice(at, at + rows)
-        guided = _to_float(velocity[0, block])
+        guided = to_float(velocity[0, block])
         if len(velocity) == 2:
-            unconditional = _to_float(velocity[1, block])
+            unconditional = to_float(velocity[1, block])
             guided = unconditional + np.float32(guidance) * (guided - unconditional)
         terms = [*(buffer[block] for buffer in state), guided]
         changed = {row: _combine(matrix[row], terms) for row in range(len(state)) if row == 0 or _changes(matrix, row)}
@@ -105,7 +107,7 @@ def guided_step(
             changed[0] = np.where(known[block, None] != 0, pinned, changed[0])
         for row, values in changed.items():
             state[row][block] = values
-        tokens[:, block, :width] = _from_float(changed[0], tokens.dtype)
+        tokens[:, block, :width] = from_float(changed[0], tokens.dtype)
 
 
 def _combine(factors: Array, terms: Sequence[Array]) -> Array:
@@ -116,20 +118,6 @@ def _combine(factors: Array, terms: Sequence[Array]) -> Array:
 
 def _changes(matrix: Array, row: int) -> bool:
     return bool(np.any(matrix[row] != np.eye(1, matrix.shape[1], row, dtype=np.float32)))
-
-
-def _to_float(values: Array) -> NDArray[np.float32]:
-    if values.dtype == np.uint16:
-        return (values.astype(np.uint32) << 16).view(np.float32)
-    return values.astype(np.float32)
-
-
-def _from_float(values: NDArray[np.float32], dtype: np.dtype[Any]) -> Array:
-    if dtype != np.uint16:
-        return values.astype(dtype)
-    bits = np.ascontiguousarray(values).view(np.uint32)
-    half_to_even = (bits + np.uint32(0x7FFF) + (bits >> 16 & 1)) >> 16
-    return np.where(np.isnan(values), bits >> 16 & 0x8000 | 0x7FC0, half_to_even).astype(np.uint16)
 
 
 def _split(latent: Array, grid: Triple, patch: Triple) -> Array:

@@ -10,21 +10,22 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, Self
 
 import numpy as np
 from numpy.typing import NDArray
 
 from . import kernels
-from .bundle import TO_GENERATE, TOKENIZER, Bundle
+from .bundle import TOKENIZER, Bundle
 from .canvas import Canvas
-from .engines import Engine, OnnxRuntimeEngine
 from .errors import Cancelled, UserError
-from .generation import Generation, Pinned
+from .generation import Generation
 from .geometry import Geometry, coordinate_columns, plan
+from .loop import Pinned, Steps
 from .request import Request, Settings
 from .schedule import Schedule, make_inversion, make_schedule, time_features
 from .strict import require
+from .targets import AUTO, Choice, Engines, open_engines
 from .text import PromptTokenizer
 
 Float32 = NDArray[np.float32]
@@ -33,40 +34,43 @@ Frames = NDArray[np.uint8]  # [T,H,W,3]
 CHUNK = 4  # latent frames that the VAE sees at a time
 
 
-class Engines(dict[str, Engine]):
-    """A bundle's engines on the CPU by component, each loaded when it is first asked for."""
-
-    def __init__(self, bundle: Bundle, threads: int | None):
-        super().__init__()
-        self._bundle, self._threads = bundle, threads
-
-    def __missing__(self, name: str) -> Engine:
-        return self.setdefault(name, OnnxRuntimeEngine(self._bundle.graph(name), self._threads))
-
-
 class Pipeline:
     """A loaded model. Engines are shared by all generations; a Generation belongs to one thread at a time."""
 
-    def __init__(self, bundle: Bundle, engines: dict[str, Engine]):
-        self.bundle, self.spec, self.engines = bundle, bundle.spec, engines
+    def __init__(self, bundle: Bundle, engines: Engines, target: Choice):
+        self.bundle, self.spec, self.engines, self.target = bundle, bundle.spec, engines, target
         self.tokenizer = PromptTokenizer.from_file(bundle.path(TOKENIZER), self.spec.text_encoder.length)
 
     @classmethod
-    def open(cls, bundle: str | Path | Bundle, threads: int | None = None) -> Pipeline:
-        """Verifies a bundle and loads its engines on the CPU.
+    def open(cls, bundle: str | Path | Bundle, target: str = AUTO, threads: int | None = None) -> Pipeline:
+        """Verifies a bundle and loads its engines on a target, one of `targets.TARGETS`.
 
-        `threads` limits the threads of each engine, and of the extension in the whole process; None: all cores. Raises
-        UserError when the bundle is damaged or not for the CPU, or an engine cannot be loaded.
+        "auto" takes the first that works here; `pipeline.target` says which, and why not those before it. `threads`
+        limits the threads of each engine on the CPU, and of the extension in the whole process; None: all cores. Raises
+        UserError when the bundle is damaged or not for the target, or an engine cannot be loaded, and DeviceError when
+        a GPU fails.
         """
         opened = bundle if isinstance(bundle, Bundle) else Bundle.open(bundle)
-        if "cpu" not in opened.manifest.targets:
-            targets = ", ".join(opened.manifest.targets) or "nothing"
-            raise UserError(f"{opened.folder} runs on {targets}, this version of tubelet runs cpu; export it again")
-        engines = Engines(opened, threads)
-        for name in TO_GENERATE:
-            _ = engines[name]
+        engines, choice = open_engines(opened, target, threads)
         kernels.set_threads(threads)
-        return cls(opened, engines)
+        return cls(opened, engines, choice)
+
+    def warm_up(self) -> None:
+        """Runs every engine at every size that its plan was made for, so that no request has to wait for kernels.
+
+        For services. TensorRT-RTX compiles kernels the first time, and finds them again in a file later.
+        """
+        self.engines.warm_up()
+
+    def close(self) -> None:
+        """Frees what the engines hold; generations that are not finished cannot go on."""
+        self.engines.close()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        self.close()
 
     def check(self, request: Request) -> tuple[Settings, Geometry, Schedule]:
         """What a request means for this model. Raises UserError, in no time, when it cannot be served."""
@@ -74,6 +78,7 @@ class Pipeline:
         geometry = plan(self.spec, settings.width, settings.height, settings.frames)
         schedule = make_schedule(settings.sampler, settings.steps, settings.shift, settings.strength)
         self.tokenizer(self._prompts(settings))
+        self.engines.check(geometry, len(self._prompts(settings)))
         return settings, geometry, schedule
 
     def generate(
@@ -167,8 +172,8 @@ class Pipeline:
         cross_k, cross_v = self._condition(settings)
         batch = cross_k.shape[1]
         rope_cos, rope_sin = kernels.rope3d(geometry.grid, denoiser.head_size, theta=denoiser.theta)
-        shape = (geometry.tokens, denoiser.token_values)
-        state = [sample, *(_zeros(shape) for _ in range(schedule.buffers - 1))]
+        state = _zeros((schedule.buffers, geometry.tokens, denoiser.token_values))
+        state[0] = sample
         inputs = {
             "tokens": _zeros((batch, geometry.tokens, denoiser.token_inputs)),
             "time_features": _zeros((batch, 2, denoiser.time_features)),
@@ -181,24 +186,21 @@ class Pipeline:
             inputs["known"] = _zeros((batch, geometry.tokens))
             if pinned is not None:
                 inputs["known"][:] = pinned.known
-        inputs["tokens"][:, :, : shape[1]] = state[0]
+        inputs["tokens"][:, :, : denoiser.token_values] = sample
         if denoiser.coordinates:
-            inputs["tokens"][:, :, shape[1] :] = coordinate_columns(geometry.grid)
-        velocity = {"velocity": _zeros((batch, *shape))}
+            inputs["tokens"][:, :, denoiser.token_values :] = coordinate_columns(geometry.grid)
         levels = np.stack([schedule.timesteps, np.zeros(schedule.steps)], axis=1)  # [steps,2]: unknown, known
-        return Generation(
-            settings=settings,
-            geometry=geometry,
-            schedule=schedule,
+        steps = Steps(
+            inputs=inputs,
+            state=state,
             matrices=schedule.matrices.astype(np.float32),
             time_table=time_features(levels, denoiser.time_features),
-            state=state,
-            arrays=inputs | velocity,
-            binding=self.engines["denoiser"].bind(inputs, velocity),
-            bundle_key=self.bundle.key,
-            canvas=canvas,
+            sigmas=schedule.sigmas,
+            guidance=settings.guidance,
             pinned=pinned,
         )
+        loop = self.engines.loop(steps)
+        return Generation(settings, geometry, schedule, steps, loop, self.bundle.key, canvas)
 
     def step(self, generation: Generation) -> None:
         """One denoising step: the engine, then guidance and the sampler's update in one pass.
@@ -207,18 +209,8 @@ class Pipeline:
         """
         if generation.finished:
             raise UserError(f"all {generation.done} steps are done; decode the generation")
-        arrays = generation.arrays
-        np.copyto(arrays["time_features"], generation.time_table[generation.done])
-        generation.binding.run()
+        generation.loop.step(generation.done)
         generation.done += 1
-        kernels.guided_step(
-            generation.state,
-            arrays["velocity"],
-            arrays["tokens"],
-            generation.matrices[generation.done - 1],
-            guidance=generation.settings.guidance,
-            **generation.pins(),
-        )
 
     def latent(self, generation: Generation) -> Float32:
         """The sample as a normalised latent [C,T',H',W']: clean after the last step, noise after an inversion's."""
@@ -256,7 +248,7 @@ class Pipeline:
             latents.append(results.pop("latents"))
         return np.concatenate(latents, axis=2)[0]
 
-    def _condition(self, settings: Settings) -> tuple[Float32, Float32]:
+    def _condition(self, settings: Settings) -> tuple[Any, Any]:
         """Every block's text keys and values [blocks,B,heads,L,D]: the prompt, then the negative prompt if guided."""
         ids, mask = self.tokenizer(self._prompts(settings))
         embeddings = self.engines["text_encoder"]({"ids": ids, "mask": mask})["embeddings"]
@@ -281,7 +273,7 @@ def _zeros(shape: tuple[int, ...]) -> Float32:
     return array
 
 
-def _caches(results: dict[str, NDArray[Any]]) -> dict[str, NDArray[Any]]:
+def _caches(results: dict[str, Any]) -> dict[str, Any]:
     """The caches that one chunk left, as the next chunk's inputs."""
     return {name.removeprefix("next_"): cache for name, cache in results.items()}
 

@@ -1,5 +1,5 @@
-"""What several test files share: small specs, the embedded pipeline, a checkpoint made from it, the command line, and
-the CUDA kernels as host code."""
+"""What several test files share: small specs, the embedded pipeline, a checkpoint made from it, the command line,
+compiled plans, and the CUDA kernels as host code."""
 
 from __future__ import annotations
 
@@ -12,8 +12,10 @@ import sys
 from pathlib import Path
 
 import pytest
+from compiled import TARGET, profiles
 from fake_device import load_cuda_host
 
+from tubelet.export.engines import build_engines
 from tubelet.runtime import EMBEDDED, Bundle, Pipeline
 from tubelet.runtime.bundle import TOKENIZER, WEIGHTS
 from tubelet.runtime.cli import main
@@ -47,6 +49,26 @@ def checkpoint(tmp_path: Path, spec: ModelSpec) -> Path:
     return folder
 
 
+@pytest.fixture(scope="session")
+def cuda_host(tmp_path_factory: pytest.TempPathFactory) -> ctypes.CDLL:
+    """The CUDA kernels as host code, for a FakeDevice."""
+    return load_cuda_host(tmp_path_factory.mktemp("cuda_host"))
+
+
+@pytest.fixture(scope="session")
+def compiled(tmp_path_factory: pytest.TempPathFactory) -> Bundle:
+    """The embedded bundle with real plans of all components, in a folder of its own; tests leave it as it is."""
+    bundle = Bundle.open(shutil.copytree(EMBEDDED, tmp_path_factory.mktemp("compiled") / "bundle"))
+    build_engines(bundle, TARGET, profiles(bundle), workers=2)
+    return bundle
+
+
+@pytest.fixture
+def compiled_copy(compiled: Bundle, tmp_path: Path) -> Bundle:
+    """The same, which a test may damage."""
+    return Bundle.open(shutil.copytree(compiled.folder, tmp_path / "compiled"))
+
+
 class Result:
     def __init__(self, code: int, out: str, err: str):
         self.code, self.out, self.err = code, out, err
@@ -70,9 +92,3 @@ def tubelet(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str],
         return Result(int(stop.value.code or 0), captured.out, captured.err)
 
     return run
-
-
-@pytest.fixture(scope="session")
-def cuda_host(tmp_path_factory: pytest.TempPathFactory) -> ctypes.CDLL:
-    """The CUDA kernels as host code, for a FakeDevice."""
-    return load_cuda_host(tmp_path_factory.mktemp("cuda_host"))

@@ -7,6 +7,7 @@ distance apart. Both sides run, then the whole memory is compared.
 from __future__ import annotations
 
 import math
+import struct
 from dataclasses import dataclass
 from typing import Any
 
@@ -18,6 +19,7 @@ from numpy.typing import NDArray
 from test_kernels import ROPE_TOLERANCE, assert_close, bits, make_step
 
 from tubelet.runtime import kernels, kernels_numpy
+from tubelet.runtime.kernels_cuda import StreamKernels
 from tubelet.runtime.memory import Device, DeviceArray, Stream
 
 DTYPES = [np.dtype(np.float32), np.dtype(np.float16), np.dtype(ml_dtypes.bfloat16)]
@@ -105,6 +107,7 @@ def steps(draw: st.DrawFn) -> dict[str, Any]:
         "dtype": draw(st.sampled_from(DTYPES)),
         "shift": draw(st.sampled_from([0, 0, unit, 1])),
         "extra": draw(st.sampled_from([0, unit, 5])),
+        "stored": draw(st.booleans()),
     }
 
 
@@ -119,7 +122,9 @@ def check_guided_step(
     dtype: Any,
     shift: int,
     extra: int,
+    stored: bool = False,
 ) -> None:
+    """With `stored` the kernel reads its arguments from device memory."""
     step = make_step(seed, count, width, history, batch, dtype, mode)
     matrix, guidance = step["matrix"].astype(np.float32), step["guidance"]
     scales = step.get("clean_scale", 1.0), step.get("noise_scale", 0.0)
@@ -129,17 +134,18 @@ def check_guided_step(
         tokens = twin(np.zeros((batch, count, width), dtype), stream, shift, extra)
         pins = [twin(step[name], stream) if name in step else None for name in ("known", "clean", "noise")]
 
-        kernels.guided_step(
-            [buffer.device for buffer in state],
-            velocity.device,
-            tokens.device,
-            matrix,
-            guidance=guidance,
+        arrays = [buffer.device for buffer in state], velocity.device, tokens.device, matrix
+        told = {
+            "guidance": guidance,
             **dict(zip(("known", "clean", "noise"), [pin and pin.device for pin in pins], strict=True)),
-            clean_scale=scales[0],
-            noise_scale=scales[1],
-            stream=stream,
-        )
+            **dict(zip(("clean_scale", "noise_scale"), scales, strict=True)),
+        }
+        if stored:
+            symbol, grid, block, arguments = StreamKernels(stream).guided_step_launch(*arrays, **told)
+            place = DeviceArray.from_host(np.frombuffer(arguments, np.uint8), stream)
+            stream.launch(f"{symbol}_at", grid, block, struct.pack("P", place.pointer))
+        else:
+            kernels.guided_step(*arrays, **told, stream=stream)
 
         hosts = [pin and pin.host for pin in pins]
         buffers = [buffer.host for buffer in state]

@@ -20,6 +20,7 @@ from tubelet.runtime.canvas import Canvas, fill, known_tokens, slerp
 from tubelet.runtime.engines import Arrays, Binding, Engine
 from tubelet.runtime.pipeline import starting_noise
 from tubelet.runtime.spec import ModelSpec
+from tubelet.runtime.targets import HostEngines
 
 PROMPT = "a red circle moves right on a white background"
 
@@ -123,9 +124,12 @@ class Unleveled:
 def one_level(pipeline: Pipeline) -> Pipeline:
     spec = dataclasses.replace(pipeline.spec, denoiser=dataclasses.replace(pipeline.spec.denoiser, two_levels=False))
     manifest = dataclasses.replace(pipeline.bundle.manifest, spec=spec)
-    engines: dict[str, Engine] = dict(pipeline.engines)
-    engines["denoiser"] = Unleveled(engines["denoiser"])
-    return Pipeline(Bundle(pipeline.bundle.folder, manifest), engines)
+
+    def load(name: str) -> Engine:
+        engine = pipeline.engines[name]
+        return Unleveled(engine) if name == "denoiser" else engine
+
+    return Pipeline(Bundle(pipeline.bundle.folder, manifest), HostEngines(load), pipeline.target)
 
 
 @pytest.mark.parametrize("sampler", ["euler", "unipc"])
@@ -136,8 +140,8 @@ def test_known_tokens_are_clean_at_every_step(pipeline: Pipeline, sampler: str) 
 
     for _ in range(4):
         np.testing.assert_array_equal(generation.state[0][known], clean[known])
-        np.testing.assert_array_equal(generation.arrays["tokens"][0][:, :32][known], clean[known])
-        np.testing.assert_array_equal(generation.arrays["known"], np.stack([known.astype(np.float32)] * 2))
+        np.testing.assert_array_equal(generation.steps.inputs["tokens"][0][:, :32][known], clean[known])
+        np.testing.assert_array_equal(generation.steps.inputs["known"], np.stack([known.astype(np.float32)] * 2))
         assert not (generation.state[0][~known] == clean[~known]).any()
         if not generation.finished:
             pipeline.step(generation)

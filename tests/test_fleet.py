@@ -58,7 +58,7 @@ def test_every_cell_is_there_once_and_has_one_plan(plan: Callable[[str], FleetPl
         (build,) = (b for b in planned.builds if b.component == component and sku.name in b.skus)
         cells = [c.profile for c in planned.cells if (c.component, c.sku) == (component, sku.name)]
         assert cells == list(range(len(build.profiles)))
-        assert sku.architecture in build.architectures
+        assert sku.architecture in build.target.architectures
     assert planned.complete and len({c.component for c in planned.cells}) == len(components)
 
 
@@ -66,19 +66,20 @@ def test_rtx_plans_are_shared_by_precision_and_tensorrt_plans_are_not(plan: Call
     builds = plan(FLEET + MIXED).builds
 
     def of(component: str) -> set[tuple[Any, ...]]:
-        return {(b.target, b.precision, b.architectures, b.machine, b.skus) for b in builds if b.component == component}
+        return {(str(b.target), b.target.precision, b.machine, b.skus) for b in builds if b.component == component}
 
-    own = {("tensorrt", "{}", ("sm90",), name, (name,)) for name in ("H100", "H200")}
     assert of("denoiser") == {
-        ("rtx", "fp16", ("sm75",), None, ("T4",)),
-        ("rtx", "bf16", ("sm80",), None, ("A100",)),
-        ("rtx", "fp8", ("sm89", "sm120"), None, ("L4", "RTX-5090")),
-        *((target, "fp8", *rest) for target, _, *rest in own),
+        ("rtx:sm75", "fp16", None, ("T4",)),
+        ("rtx:sm80", "bf16", None, ("A100",)),
+        ("rtx:sm89,sm120", "fp8", None, ("L4", "RTX-5090")),
+        ("tensorrt:sm90", "fp8", "H100", ("H100",)),
+        ("tensorrt:sm90", "fp8", "H200", ("H200",)),
     }
     assert of("vae_decoder") == {
-        ("rtx", "fp16", ("sm75",), None, ("T4",)),
-        ("rtx", "bf16", ("sm80", "sm89", "sm120"), None, ("A100", "L4", "RTX-5090")),
-        *((target, "bf16", *rest) for target, _, *rest in own),
+        ("rtx:sm75", "fp16", None, ("T4",)),
+        ("rtx:sm80,sm89,sm120", "bf16", None, ("A100", "L4", "RTX-5090")),
+        ("tensorrt:sm90", "bf16", "H100", ("H100",)),
+        ("tensorrt:sm90", "bf16", "H200", ("H200",)),
     }
 
 
@@ -158,7 +159,7 @@ def test_the_command_exits_with_1_where_traffic_is_outside(tubelet: Callable[...
         (FLEET.replace(f"'{EMBEDDED}'", "") + MIXED, "fleet's models must be one or more, each once; they are none"),
         (FLEET.replace("= 2", "= 0") + MIXED, "fleet.max_profiles must be above 0, is 0"),
         (FLEET + SKU.format("V100", "sm70", 16, "fp16"), "sku.architecture must be one of sm75, .*, is 'sm70'"),
-        (FLEET + SKU.format("L4", "sm89", 24, "fp4"), "sku.precision must be one of fp16, .*, is 'fp4'"),
+        (FLEET + SKU.format("L4", "sm89", 24, "fp4"), "sku.precision must be one of bf16, .*, is 'fp4'"),
         (FLEET + SKU.format("T4", "sm75", 16, "bf16"), "bf16 is not there on sm75; choose from fp16, int8"),
         (FLEET + SKU.format("L4", "sm89", -24, "fp8"), "sku.memory_gb must be above 0, is -24"),
         (FLEET + MIXED.replace("count = 2", "count = 0"), "sku.count must be above 0, is 0"),

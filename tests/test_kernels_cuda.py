@@ -167,7 +167,7 @@ def test_the_tests_for_gpus_pass_on_a_driver_of_host_memory(cuda_host: ctypes.CD
     except UserError as error:
         pytest.skip(str(error))
     environment = os.environ | {"LD_LIBRARY_PATH": str(Path(cuda_host._name).parent)}
-    command = [sys.executable, "-m", "pytest", "-q", str(Path(__file__).parent / "gpu")]
+    command = [sys.executable, "-m", "pytest", "-q", str(Path(__file__).parent / "gpu" / "test_kernels_gpu.py")]
 
     result = subprocess.run(command, env=environment, text=True, capture_output=True)
 

@@ -25,6 +25,7 @@ from tubelet.runtime import EMBEDDED, Bundle, Captioner, Pipeline, Request, User
 from tubelet.runtime.geometry import plan
 from tubelet.runtime.profiles import Range, nearest, select
 from tubelet.runtime.spec import ModelSpec
+from tubelet.runtime.targets import HostEngines
 
 SPEC = Bundle.open(EMBEDDED).spec
 
@@ -176,7 +177,7 @@ def test_every_run_of_the_pipeline_is_inside_one_profile(pipeline: Pipeline) -> 
     shapes = component_profiles(bundle.manifest, [Shape(48, 64, 29, 2, 1.0), Shape(64, 64, 21, 1, 3.0)], 2)
     runs: list[tuple[str, dict[str, tuple[int, ...]]]] = []
     engines = {name: _Recorder(pipeline.engines[name], name, runs) for name in bundle.manifest.components}
-    recorded = Pipeline(bundle, engines)
+    recorded = Pipeline(bundle, HostEngines(engines.__getitem__), pipeline.target)
 
     frames = recorded.generate(Request("a red circle", width=48, height=64, frames=29, steps=1))
     recorded.generate(Request("a red circle", width=64, height=64, frames=21, steps=1, guidance=1.0))

@@ -75,4 +75,14 @@ __device__ __forceinline__ void guided_step(const GuidedStep& step) {
     }
 }
 
+// The arguments of the step that a loop is at: a graph that was captured once reads those of every step from there.
+struct GuidedStepAt {
+    const GuidedStep* step;
+};
+
+template <class T, int N>
+__device__ __forceinline__ void guided_step(const GuidedStepAt& at) {
+    guided_step<T, N>(*at.step);
+}
+
 }  // namespace tubelet

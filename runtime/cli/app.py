@@ -15,6 +15,7 @@ import typer
 from rich.console import Console
 
 from ..errors import UserError
+from ..memory import DeviceError
 
 app = typer.Typer(
     add_completion=False,
@@ -26,7 +27,10 @@ out, err = Console(highlight=False, soft_wrap=True), Console(stderr=True, highli
 
 
 def main() -> None:
-    """Entry point: runs a command; a usage error exits with 2 by typer's own hand, a UserError by ours."""
+    """Entry point: runs a command; a usage error exits with 2 by typer's own hand, a UserError by ours.
+
+    A device that fails exits with 1.
+    """
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, io.TextIOWrapper):
             stream.reconfigure(errors="backslashreplace")  # a file name need not be valid text
@@ -38,6 +42,9 @@ def main() -> None:
     except UserError as error:
         err.print(f"error: {error}", style="red", markup=False)
         sys.exit(2)
+    except DeviceError as error:
+        err.print(f"error: {error}", style="red", markup=False)
+        sys.exit(1)
 
 
 def _stop(number: int, frame: object) -> NoReturn:

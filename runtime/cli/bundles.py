@@ -14,8 +14,10 @@ from rich.table import Table
 from ..bundle import EMBEDDED, Bundle
 from ..doctor import examine
 from ..errors import UserError
+from ..plans import records
 from .app import app, err, out
 from .output import read_recipe
+from .plans import records_tables
 
 
 @app.command()
@@ -25,7 +27,7 @@ def inspect(
     ] = EMBEDDED,
     as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object instead of tables.")] = False,
 ) -> None:
-    """Show what a bundle holds (components, shapes, targets, hashes, parity), or how a file was made."""
+    """Show what a bundle holds (components, shapes, targets, hashes, parity, plans), or how a file was made."""
     if path.is_file():
         _inspect_file(path, as_json)
     else:
@@ -49,8 +51,10 @@ def _inspect_file(path: Path, as_json: bool) -> None:
 
 
 def _inspect_bundle(opened: Bundle, as_json: bool) -> None:
+    plans = records(opened)
     if as_json:
-        out.print_json(data=dataclasses.asdict(opened.manifest))
+        told = {**dataclasses.asdict(opened.manifest), "plans": [dataclasses.asdict(plan) for plan in plans]}
+        out.print_json(data=told)
         return
     spec, manifest = opened.spec, opened.manifest
     out.print(f"{spec.name}  key {opened.key[:16]}  targets {', '.join(manifest.targets)}", markup=False)
@@ -65,7 +69,7 @@ def _inspect_bundle(opened: Bundle, as_json: bool) -> None:
     parity = Table("component", "target", "shape", "max |difference|", "relative", title="Parity against torch")
     for row in manifest.parity:
         parity.add_row(row.component, row.target, row.shape, f"{row.max_abs:.1e}", f"{row.relative:.1e}")
-    out.print(components, files, parity)
+    out.print(components, files, parity, *records_tables(plans))
 
 
 def _ports(ports: Any) -> str:

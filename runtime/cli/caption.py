@@ -102,7 +102,7 @@ def _eyes(chat: Chat, run: Run, beams: int) -> tuple[Callable[[Path], Frames], C
             lambda frames: tidy(complete(endpoint, caption_messages(frames))),
         )
 
-    studio = Studio(Pipeline.open(run.bundle, run.threads))
+    studio = Studio(run.open())
     spec = studio.spec
     return (
         lambda file: read_clip(file, spec.fps, lambda size: nearest_size(spec, *size)),

@@ -1,23 +1,26 @@
-"""`tubelet fleet plan`: what a fleet needs built, where, and whether it fits."""
+"""`tubelet fleet plan | build | check`: what a fleet needs built, where, and whether it is there and fits."""
 
 from __future__ import annotations
 
 import dataclasses
 from collections import Counter
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 from rich.filesize import decimal
 from rich.table import Table
 
-from .app import app, out
+from ..errors import UserError
+from .app import app, err, out
+from .build import CORES, MISSING, Jobs
+from .plans import Bars
 from .profiles import describe, print_outside
 
 if TYPE_CHECKING:
     from tubelet.export.fleet import FleetPlan  # noqa: TID251 loaded by the command alone
 
-fleet = typer.Typer(no_args_is_help=True, help="Plans what a fleet of machines needs built.")
+fleet = typer.Typer(no_args_is_help=True, help="Plans, builds and checks what a fleet of machines needs.")
 app.add_typer(fleet, name="fleet")
 
 
@@ -32,21 +35,83 @@ def plan(
 
     planned = plan_fleet(file)
     if as_json:
-        out.print_json(data={**dataclasses.asdict(planned), "complete": planned.complete})
+        out.print_json(data=_report(planned))
     else:
         _print(planned)
     if not planned.complete:
         raise typer.Exit(1)
 
 
+@fleet.command()
+def build(
+    file: Annotated[Path, typer.Argument(help="fleet.toml: see docs/compile.md.")],
+    *,
+    jobs: Jobs = CORES,
+) -> None:
+    """Build all engines that any machine can; print a shell line for each other machine. Exits with 1 if some is left.
+
+    Goes on where an earlier build stopped.
+    """
+    try:
+        from tubelet.export.fleet import plan_fleet  # noqa: TID251 needs no torch
+        from tubelet.export.fleet_build import build_fleet  # noqa: TID251
+    except ImportError as error:
+        raise UserError(MISSING.format(error)) from error
+    planned = plan_fleet(file)
+    with Bars() as bars:
+        rest = build_fleet(planned, jobs, lambda order: bars.say(f"{order.model}:"), bars.step, bars.finish)
+    for each in rest:
+        order = each.order
+        err.print(
+            f"not built: {order.model} {order.target.name} {', '.join(order.profiles)}: {each.reason}", markup=False
+        )
+    for each in rest:
+        if each.command is not None:
+            out.print(each.command, markup=False)
+    if rest:
+        raise typer.Exit(1)
+
+
+@fleet.command()
+def check(
+    path: Annotated[Path, typer.Argument(help="Folder that holds fleet.toml and the bundles, or that file.")],
+) -> None:
+    """Prove that a folder serves its fleet: every plan is there, whole, for this traffic, and fits into memory.
+
+    Exits with 1 and a list of what is missing if it does not.
+    """
+    from tubelet.export.fleet import plan_fleet  # noqa: TID251 needs no torch
+    from tubelet.export.fleet_check import check_fleet  # noqa: TID251
+
+    planned = plan_fleet(path / "fleet.toml" if path.is_dir() else path)
+    holes = check_fleet(planned)
+    for hole in holes:
+        out.print(f"{hole.model} {hole.component} on {', '.join(hole.skus)}: {hole.reason}", markup=False)
+    _print_outside(planned)
+    if holes or any(planned.outside.values()):
+        raise typer.Exit(1)
+    out.print(f"{len(planned.builds)} plans serve all {len(planned.cells)} cells")
+
+
+def _report(planned: FleetPlan) -> dict[str, Any]:
+    """What `plan --json` prints."""
+    return {
+        "fleet": dataclasses.asdict(planned.fleet),
+        "builds": [dataclasses.asdict(build) for build in planned.builds],
+        "cells": [dataclasses.asdict(cell) for cell in planned.cells],
+        "outside": {model: [dataclasses.asdict(each) for each in shapes] for model, shapes in planned.outside.items()},
+        "complete": planned.complete,
+    }
+
+
 def _print(planned: FleetPlan) -> None:
     for model in planned.fleet.models:
         out.print(_matrix(planned, model))
-    builds = Table("model", "component", "target", "precision", "architectures", "build on", "plan", title="Builds")
+    builds = Table("model", "component", "compiler", "precision", "architectures", "build on", "plan", title="Builds")
     for build in planned.builds:
         builds.add_row(
-            *(build.model, build.component, build.target, build.precision, " ".join(build.architectures)),
-            *(build.machine or "here", decimal(build.plan_bytes)),
+            *(build.model, build.component, build.target.compiler, build.target.precision),
+            *(" ".join(build.target.architectures), build.machine or "here", decimal(build.plan_bytes)),
         )
     machines = Table("SKU", "count", "architecture", "memory", "plans on disk", "in all", title="Machines")
     for sku in planned.fleet.sku:
@@ -56,12 +121,16 @@ def _print(planned: FleetPlan) -> None:
             *(decimal(disk), decimal(disk * sku.count)),
         )
     out.print(builds, machines)
-    for model, outside in planned.outside.items():
-        print_outside(outside, f"outside {model}")
+    _print_outside(planned)
     for machine, count in Counter(build.machine for build in planned.builds).items():
         out.print(f"{count} plans can be built {f'only on {machine}' if machine else 'here'}", markup=False)
     fitting = sum(cell.fits for cell in planned.cells)
     out.print(f"{fitting} of {len(planned.cells)} cells fit into their machine's memory")
+
+
+def _print_outside(planned: FleetPlan) -> None:
+    for model, outside in planned.outside.items():
+        print_outside(outside, f"outside {model}")
 
 
 def _matrix(planned: FleetPlan, model: str) -> Table:

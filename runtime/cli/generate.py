@@ -81,7 +81,7 @@ def generate(
     paths = output_paths(output, len(texts or [""]) * count, sheet)
     clock = Clock()
     with clock("load"):
-        pipeline = Pipeline.open(run.bundle, run.threads)
+        pipeline = run.open()
     given = {**dataclasses.asdict(size), **dataclasses.asdict(sampling), "frames": frames, "fps": fps}
     options = _complete(given, pipeline, like, seconds)
     if storyboard is not None:

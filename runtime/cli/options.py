@@ -15,8 +15,11 @@ from ..chat import KEY_VARIABLE, Endpoint
 from ..errors import UserError
 from ..fit import Fit
 from ..geometry import nearest_size
+from ..pipeline import Pipeline
+from ..plans import FOLDER
 from ..request import Request
 from ..spec import ModelSpec
+from .app import err
 
 Output = Annotated[Path, typer.Option("--output", "-o", help="File to write: .mp4, .webp, .gif, or .png.")]
 Prompt = Annotated[str | None, typer.Argument(help="What the video shows; what made the clip, if not given.")]
@@ -60,7 +63,15 @@ class Run:
     threads: Annotated[int | None, typer.Option(min=1, help="CPU threads of the engines; all cores if not given.")] = (
         None
     )
+    target: Annotated[str, typer.Option(help="auto, tensorrt, rtx, cuda or cpu.")] = "auto"
     as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object instead of text.")] = False
+
+    def open(self) -> Pipeline:
+        """The model on its target; says on which, where there was a choice."""
+        pipeline = Pipeline.open(self.bundle, self.target, self.threads)
+        if pipeline.target.target != "cpu" or (pipeline.bundle.folder / FOLDER).is_dir():
+            err.print(f"target: {pipeline.target}", markup=False)
+        return pipeline
 
 
 @dataclass(frozen=True)

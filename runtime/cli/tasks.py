@@ -204,7 +204,7 @@ class Desk:
         (self.path,) = output_paths(output, 1, None)
         self.clock = Clock()
         with self.clock("load"):
-            self.pipeline = Pipeline.open(run.bundle, run.threads)
+            self.pipeline = run.open()
         self.studio = Studio(self.pipeline)
         self.fps = self.pipeline.spec.fps
         self.fit = size.fit or Fit.CROP

@@ -1,0 +1,220 @@
+"""One component's graph + profiles + target -> a verified plan, by TensorRT or TensorRT-RTX.
+
+Flows in: a Job, plain data, so that it can cross to another process. Flows out: a plan and its record in a bundle, both
+or neither. The two compilers share this code and differ in what their modules offer. No GPU is needed to build for
+TensorRT-RTX.
+"""
+
+from __future__ import annotations
+
+import os
+import resource
+import time
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import onnx_ir as ir
+
+from tubelet.runtime.bundle import Shape, record
+from tubelet.runtime.plans import Measured, PlanRecord, Target, write_record
+from tubelet.runtime.profiles import Profile
+from tubelet.runtime.tensorrt import compiler_of, load_module
+
+from .compiler_report import HEADER, Report, architectures, parse_report
+from .errors import CompilerError
+from .precision import Lowered, lower
+from .profiles import Bounds, input_shapes
+
+NO_DRIVER = "cudaError 35"  # logged throughout on a machine without a GPU, where it means nothing
+OnStep = Callable[[str, int, int], None]  # phase, steps done and in all
+
+
+@dataclass(frozen=True)
+class Job:
+    """What one plan is built from."""
+
+    component: str
+    inputs: Mapping[str, Shape]
+    graph: Path
+    plan: Path
+    key: str
+    target: Target
+    profiles: tuple[Profile, ...]
+    budget: int | None  # bytes of device memory for activations
+
+    def bounds(self) -> list[dict[str, Bounds]]:
+        """The least, optimal and greatest shape of every input in each profile."""
+        return [input_shapes(self.inputs, profile) for profile in self.profiles]
+
+    @property
+    def size(self) -> int:
+        """About how long the build takes, in no unit."""
+        return self.graph.stat().st_size * len(self.profiles)
+
+
+def compile_component(job: Job, scratch: Path, on_step: OnStep = lambda phase, done, steps: None) -> PlanRecord:
+    """Builds, verifies and writes one plan. `scratch` is a folder beside the plan's where the weights are too.
+
+    Raises CompilerError when the compiler refuses or the plan is not what was asked for.
+    """
+    start, trt = time.monotonic(), load_module(job.target.compiler)
+    logger = _logger(trt)
+    graph, plan = scratch / job.graph.name, scratch / job.plan.name
+    lowered = lower(ir.load(job.graph), job.target.precision, job.target.wide_products)
+    ir.save(lowered.model, graph)
+    builder, network, _parser = _parse(trt, logger, graph)
+    config = _configure(trt, builder, job, on_step)
+    with plan.open("wb") as file:
+        writer = _writer(trt, file)
+        if not builder.build_serialized_network_to_stream(network, config, writer):
+            within = f" within {job.budget:,} bytes for activations" if job.budget is not None else ""
+            raise writer.error or CompilerError(f"the compiler refused {job.component}{within}: {logger.problems()}")
+    report = parse_report(logger.lines)
+    verify(job, lowered, report, plan)
+    written = PlanRecord(
+        component=job.component,
+        key=job.key,
+        target=job.target,
+        compiler=compiler_of(trt),
+        dtypes=report.dtypes,
+        profiles=job.profiles,
+        budget=job.budget,
+        file=record(plan),
+        measured=Measured(
+            weights_bytes=report.weights_bytes,
+            activation_bytes=report.activation_bytes,
+            kernels=len(report.layers),
+            fused_attentions=lowered.attentions,
+            wide_products=report.wide_products // len(job.profiles),
+            seconds=round(time.monotonic() - start, 1),
+            peak_bytes=1024 * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss,
+        ),
+    )
+    job.plan.with_suffix(".json").unlink(missing_ok=True)  # a plan without a record counts as absent
+    os.replace(plan, job.plan)
+    write_record(job.plan, written)
+    return written
+
+
+def verify(job: Job, lowered: Lowered, report: Report, plan: Path) -> None:
+    """Raises CompilerError unless the plan is for the architectures, ports and profiles asked for, and well fused."""
+    size = plan.stat().st_size
+    with plan.open("rb") as file:
+        header = file.read(HEADER.size)
+    claims: list[tuple[str, Any, Any]] = []
+    if job.target.compiler == "rtx":
+        claims.append(("architectures", architectures(header, size), job.target.architectures))
+    claims += [
+        ("types of inputs and outputs", report.dtypes, lowered.dtypes),
+        ("profiles", list(report.profiles), job.bounds()),
+        ("fused attentions", report.fused_attentions, lowered.attentions * len(job.profiles)),
+        ("profiles with known activation memory", len(report.activation_bytes), len(job.profiles)),
+    ]
+    for what, found, wanted in claims:
+        if found != wanted:
+            raise CompilerError(f"{job.component}: the plan has {what} {found}, asked for were {wanted}")
+    if report.wide_products > lowered.wide_products * len(job.profiles):
+        raise CompilerError(
+            f"{job.component}: {report.wide_products} matrix products run in float32, the graph asks for "
+            f"{lowered.wide_products} in each of {len(job.profiles)} profiles"
+        )
+    most = max(report.activation_bytes)
+    if job.budget is not None and most > job.budget:
+        raise CompilerError(
+            f"{job.component}: the plan needs {most:,} bytes for activations, the budget is {job.budget:,}"
+        )
+
+
+def _parse(trt: Any, logger: Any, graph: Path) -> tuple[Any, Any, Any]:
+    """A builder, the graph's network, and the parser, which owns weights that the network uses."""
+    builder = trt.Builder(logger)
+    network = builder.create_network(0)
+    parser = trt.OnnxParser(network, logger)
+    if not parser.parse_from_file(str(graph)):
+        errors = "; ".join(parser.get_error(i).desc() for i in range(parser.num_errors))
+        raise CompilerError(f"the compiler cannot read {graph.stem}: {errors}")
+    return builder, network, parser
+
+
+def _configure(trt: Any, builder: Any, job: Job, on_step: OnStep) -> Any:
+    config = builder.create_builder_config()
+    config.profiling_verbosity = trt.ProfilingVerbosity.DETAILED
+    config.clear_flag(trt.BuilderFlag.TF32)  # what is float32 in a narrow graph is so for its precision
+    config.set_preview_feature(trt.PreviewFeature.RUNTIME_ACTIVATION_RESIZE_10_10, True)  # scratch memory by shape
+    config.progress_monitor = _monitor(trt, on_step)
+    if job.budget is not None:
+        config.set_memory_pool_limit(trt.MemoryPoolType.WORKSPACE, job.budget)
+    if hasattr(trt.BuilderFlag, "REQUIRE_USER_ALLOCATION"):
+        config.set_flag(trt.BuilderFlag.REQUIRE_USER_ALLOCATION)
+    for bounds in job.bounds():
+        profile = builder.create_optimization_profile()
+        for name, shapes in bounds.items():
+            profile.set_shape(name, *shapes)
+        if config.add_optimization_profile(profile) < 0:
+            raise CompilerError(f"{job.component}: the compiler refused the profile {bounds}")
+    if hasattr(config, "set_compute_capability"):
+        config.num_compute_capabilities = len(job.target.architectures)
+        for index, name in enumerate(job.target.architectures):
+            if not config.set_compute_capability(getattr(trt.ComputeCapability, name.upper()), index):
+                raise CompilerError(f"{job.component}: the compiler refused the architecture {name}")
+    return config
+
+
+def _logger(trt: Any) -> Any:
+    class Logger(trt.ILogger):
+        """Keeps what the report is read from, and what went wrong."""
+
+        def __init__(self) -> None:
+            super().__init__()
+            self.lines: list[str] = []
+            self.errors: list[str] = []
+
+        def log(self, severity: Any, message: str) -> None:
+            if severity <= trt.ILogger.ERROR and NO_DRIVER not in message:
+                self.errors.append(message)
+            elif message.startswith(("Layers:", "Total ")):
+                self.lines.append(message)
+
+        def problems(self) -> str:
+            return "; ".join(self.errors) or "it gave no reason"
+
+    return Logger()
+
+
+def _monitor(trt: Any, on_step: OnStep) -> Any:
+    class Monitor(trt.IProgressMonitor):
+        """Hands the builder's steps on."""
+
+        def __init__(self) -> None:
+            super().__init__()
+            self.steps: dict[str, int] = {}
+
+        def phase_start(self, name: str, parent: str | None, steps: int) -> None:
+            self.steps[name] = steps
+
+        def step_complete(self, name: str, step: int) -> bool:
+            on_step(name, step + 1, self.steps.get(name, 0))
+            return True
+
+        def phase_finish(self, name: str) -> None:
+            self.steps.pop(name, None)
+
+    return Monitor()
+
+
+def _writer(trt: Any, file: Any) -> Any:
+    class Writer(trt.IStreamWriter):
+        """Hands the plan on, part by part; remembers why it could not."""
+
+        error: OSError | None = None
+
+        def write(self, data: Any) -> int:
+            try:
+                return int(file.write(data))
+            except OSError as error:  # which must not cross the compiler
+                self.error = error
+                return 0
+
+    return Writer()

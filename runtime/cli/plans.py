@@ -1,0 +1,75 @@
+"""How compiled plans and their building are shown."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable
+from itertools import groupby
+from typing import TYPE_CHECKING
+
+from rich.filesize import decimal
+from rich.progress import BarColumn, Progress, TaskID, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+from rich.table import Column, Table
+
+from ..plans import PlanRecord
+from .app import err
+
+if TYPE_CHECKING:
+    from tubelet.export.engines import Event  # noqa: TID251 loaded by the commands alone
+
+LONGEST = "Computing profile costs"  # the compiler's phase that takes nearly all of its time: kernels of each profile
+
+
+def records_tables(records: Iterable[PlanRecord]) -> list[Table]:
+    """What plans are and take, a table for each target."""
+    return [_table(target, of) for target, of in groupby(records, key=lambda record: record.target.name)]
+
+
+def _table(title: str, records: Iterable[PlanRecord]) -> Table:
+    table = Table(
+        Column("component", no_wrap=True),
+        *("profiles", "plan", "weights", "activations", "kernels", "time"),
+        title=title,
+        title_justify="left",
+    )
+    for each in records:
+        measured = each.measured
+        table.add_row(
+            *(each.component, str(len(each.profiles)), decimal(each.file.bytes), decimal(measured.weights_bytes)),
+            "\n".join(decimal(n) for n in measured.activation_bytes),
+            *(str(measured.kernels), f"{measured.seconds:.0f} s"),
+        )
+    return table
+
+
+class Bars:
+    """One bar a component that is being built: the compiler's phase and its layers, and the time left."""
+
+    def __init__(self) -> None:
+        columns = (TextColumn("{task.description}"), BarColumn(), TimeElapsedColumn(), TimeRemainingColumn())
+        self._progress = Progress(*columns, console=err, transient=True, speed_estimate_period=math.inf)
+        self._tasks: dict[str, TaskID] = {}
+
+    def __enter__(self) -> Bars:
+        self._progress.start()
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        self._progress.stop()
+
+    def step(self, event: Event) -> None:
+        if event.component not in self._tasks:
+            self._tasks[event.component] = self._progress.add_task(event.component, total=1)
+        self._progress.update(
+            self._tasks[event.component],
+            description=f"{event.component}: {event.phase.lower()}, {event.done} of {event.steps}",
+            completed=event.done / event.steps if event.phase == LONGEST else None,
+        )
+
+    def finish(self, record: PlanRecord, kept: bool) -> None:
+        if record.component in self._tasks:
+            self._progress.remove_task(self._tasks.pop(record.component))
+        self.say(f"{record.target.name} {record.component}: {'up to date' if kept else 'built'}")
+
+    def say(self, text: str) -> None:
+        self._progress.console.print(text, markup=False)

@@ -1,0 +1,356 @@
+"""What `tubelet build` promises, on real plans of the embedded model: they are what was asked for, or there is none.
+
+pytest tests/test_compile.py
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import io
+import json
+import multiprocessing
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import onnx_ir as ir
+import pytest
+from compiled import MAX_PROFILES, TARGET, TRAFFIC, profiles
+from rich.console import Console
+
+from tubelet.export.compile import Job, verify
+from tubelet.export.compiler_report import HEADER, MAGIC, Layer, Report, architectures, parse_report
+from tubelet.export.engines import Event, build_engines
+from tubelet.export.errors import CompilerError
+from tubelet.export.precision import PRECISE, Lowered
+from tubelet.runtime import EMBEDDED, Bundle, UserError
+from tubelet.runtime.bundle import FileRecord
+from tubelet.runtime.cli import plans
+from tubelet.runtime.plans import (
+    COMPILERS,
+    FOLDER,
+    Compiler,
+    PlanRecord,
+    Target,
+    installed,
+    plan_key,
+    plan_path,
+    read_record,
+    records,
+)
+from tubelet.runtime.profiles import Range
+
+COMPONENTS = tuple(Bundle.open(EMBEDDED).manifest.components)
+SMALL = ("text_encoder", "conditioner", "captioner_memory", "vae_encoder_first")  # the quickest to build
+
+
+def build(bundle: Bundle, *components: str, frames: int = 9, **options: Any) -> dict[str, bool]:
+    """Builds components, and says of each whether its plan was kept."""
+    wanted = profiles(bundle, frames)
+    kept = {}
+
+    def on_built(record: PlanRecord, was_kept: bool) -> None:
+        kept[record.component] = was_kept
+
+    build_engines(bundle, TARGET, {name: wanted[name] for name in components}, 2, on_built=on_built, **options)
+    return kept
+
+
+def content(bundle: Bundle) -> dict[str, bytes]:
+    return {component: plan_path(bundle, TARGET, component).read_bytes() for component in COMPONENTS}
+
+
+def test_every_component_has_a_plan_for_every_architecture(compiled: Bundle) -> None:
+    assert {record.component for record in records(compiled)} == set(COMPONENTS)
+    for component, plan in content(compiled).items():
+        record = installed(compiled, component, TARGET, profiles(compiled)[component])
+        assert architectures(plan[: HEADER.size], len(plan)) == TARGET.architectures == COMPILERS["rtx"]
+        assert (record.component, record.target) == (component, TARGET)
+        assert list(record.profiles) == list(profiles(compiled)[component])
+        assert record.file.bytes == len(plan)
+    assert not list(compiled.folder.glob(f"{FOLDER}/.*"))
+
+
+@pytest.mark.parametrize("component", COMPONENTS)
+def test_a_plan_has_the_graphs_ports_and_fusions(compiled: Bundle, component: str) -> None:
+    record = read_record(plan_path(compiled, TARGET, component))
+    ports = compiled.manifest.components[component]
+    graph = ir.load(compiled.graph(component)).graph
+
+    assert set(record.dtypes) == {*ports.inputs, *ports.outputs}
+    for name, dtype in record.dtypes.items():
+        assert dtype == ("int64" if name in ("ids", "mask", "position") else "fp32" if name in PRECISE else "fp16")
+    assert record.measured.fused_attentions == sum(node.op_type == "Attention" for node in graph)
+    assert record.measured.wide_products == 0  # sm75 multiplies no float32 matrices
+    assert len(record.measured.activation_bytes) == MAX_PROFILES and min(record.measured.activation_bytes) > 0
+    assert 1 <= record.measured.weights_bytes / (2 * ports.parameters) < 1.6  # convolutions keep some in two forms
+
+
+def test_what_is_there_is_kept(compiled: Bundle) -> None:
+    before = {path: path.stat().st_mtime_ns for path in compiled.folder.rglob("*")}
+    assert build(compiled, *COMPONENTS) == dict.fromkeys(COMPONENTS, True)
+    assert {path: path.stat().st_mtime_ns for path in compiled.folder.rglob("*")} == before
+
+
+def test_a_second_build_is_the_same_byte_for_byte(compiled: Bundle, embedded_copy: Path) -> None:
+    second = Bundle.open(embedded_copy)
+    assert build(second, *COMPONENTS) == dict.fromkeys(COMPONENTS, False)
+    assert content(second) == content(compiled)
+
+
+def test_what_is_damaged_is_built_again_and_nothing_else(compiled: Bundle, compiled_copy: Bundle) -> None:
+    truncated, changed, unreadable, absent = (plan_path(compiled_copy, TARGET, component) for component in SMALL)
+    truncated.write_bytes(truncated.read_bytes()[:-1])
+    changed.write_bytes(changed.read_bytes()[:-1] + b"?")
+    unreadable.with_suffix(".json").write_text("{")
+    absent.with_suffix(".json").unlink()
+
+    kept = build(compiled_copy, *COMPONENTS)
+    assert {component for component, was_kept in kept.items() if not was_kept} == set(SMALL)
+    assert content(compiled_copy) == content(compiled)
+
+
+def test_other_traffic_builds_again_what_depends_on_it(compiled_copy: Bundle) -> None:
+    kept = build(compiled_copy, *SMALL, frames=33)
+    assert kept == {name: name != "captioner_memory" for name in SMALL}  # it alone of these sees the frames
+
+
+def test_the_command_says_what_it_built(tubelet: Callable[..., Any], compiled: Bundle, tmp_path: Path) -> None:
+    (tmp_path / "traffic.toml").write_text(TRAFFIC)
+    arguments = ("--target", str(TARGET), "--precision", "fp16", "--traffic", "traffic.toml", "--max-profiles", "1")
+
+    result = tubelet("build", str(compiled.folder), *arguments)
+    assert result.code == 0, result.err
+    assert result.err.count("up to date") == len(COMPONENTS)
+    assert all(component in result.out for component in COMPONENTS)
+
+
+def test_progress_shows_the_phase_and_its_layers(monkeypatch: pytest.MonkeyPatch) -> None:
+    screen = io.StringIO()
+    console = Console(file=screen, force_terminal=True, width=120)
+    monkeypatch.setattr(plans, "err", console)
+    with plans.Bars() as bars:
+        bars.step(Event("denoiser", "Cloning network graph", 7898, 7899))
+        bars.step(Event("conditioner", plans.LONGEST, 3, 5))
+    shown = screen.getvalue()
+    assert "denoiser: cloning network graph, 7898 of 7899" in shown
+    assert "conditioner: computing profile costs, 3 of 5" in shown
+
+
+def test_inspect_shows_the_plans(tubelet: Callable[..., Any], compiled: Bundle) -> None:
+    shown = tubelet("inspect", str(compiled.folder)).out
+    assert TARGET.name in shown
+    told = json.loads(tubelet("inspect", str(compiled.folder), "--json").out)
+    assert {plan["component"] for plan in told["plans"]} == set(COMPONENTS)
+    assert "rtx" not in tubelet("inspect").out
+
+
+def test_a_budget_that_is_too_small_is_an_error(
+    tubelet: Callable[..., Any], embedded_copy: Path, tmp_path: Path
+) -> None:
+    (tmp_path / "traffic.toml").write_text(TRAFFIC)
+    arguments = ("--target", "rtx:sm86", "--traffic", "traffic.toml", "--component", "conditioner")
+
+    result = tubelet("build", str(embedded_copy), *arguments, "--memory", "0.001")
+    assert result.code == 2
+    assert "the compiler refused conditioner within 1,000,000 bytes for activations: " in result.err
+    assert not [path for path in (embedded_copy / FOLDER).rglob("*") if path.is_file()]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (("--target", "rtx:sm70"), "rtx does not build for 'sm70'; it builds for sm75, sm80, sm86, sm89, sm120, sm121"),
+        (("--target", "rtx:sm90"), "rtx does not build for 'sm90'"),
+        (("--target", "rtx:sm89,sm86"), "architectures sm89,sm86 must be given once each and in the order"),
+        (("--target", "rtx"), "architectures (none) must be given once each"),
+        (("--target", "openvino:cpu"), "compiler 'openvino' is not one of rtx, tensorrt"),
+        (("--target", "rtx:sm89", "--precision", "fp12"), "precision 'fp12' is not one of bf16, fp16, fp32"),
+        (("--target", "rtx:sm75,sm80", "--precision", "bf16"), "sm75 has no bf16 matrix products; it has fp16, int8"),
+        (("--target", "rtx:sm89", "--precision", "fp8"), "fp8 plans cannot be built yet; choose from fp32, fp16, bf16"),
+        (("--target", "rtx:sm89", "--component", "vae"), "the bundle has no component 'vae'; it has text_encoder, "),
+    ],
+)
+def test_a_wrong_argument_is_named(
+    tubelet: Callable[..., Any], tmp_path: Path, arguments: tuple[str, ...], message: str
+) -> None:
+    (tmp_path / "traffic.toml").write_text(TRAFFIC)
+    result = tubelet("build", str(EMBEDDED), "--traffic", "traffic.toml", *arguments)
+    assert result.code == 2 and message in result.err
+
+
+def test_a_missing_compiler_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "tensorrt_rtx", None)
+    with pytest.raises(UserError, match=r"tensorrt_rtx is not installed \(.*\); pip install 'tensorrt-rtx'"):
+        build(Bundle.open(EMBEDDED), "conditioner")
+
+
+def test_a_bundle_that_cannot_be_written_is_named(embedded_copy: Path) -> None:
+    (embedded_copy / FOLDER).touch()
+    with pytest.raises(UserError, match=r"cannot write to .*/engines/.*; copy the bundle to a writable folder"):
+        build(Bundle.open(embedded_copy), "conditioner")
+
+
+@pytest.mark.parametrize(("number", "send"), [(signal.SIGINT, os.killpg), (signal.SIGTERM, os.kill)])
+def test_a_signal_leaves_nothing_behind(
+    embedded_copy: Path, tmp_path: Path, number: int, send: Callable[[int, int], None]
+) -> None:
+    """As Ctrl-C, which all processes of a terminal hear, and as a supervisor, which tells one."""
+    (tmp_path / "traffic.toml").write_text(TRAFFIC)
+    arguments = ("--target", "rtx:sm86", "--traffic", "traffic.toml", "--component", "denoiser")
+    code = "from tubelet.runtime.cli import main; main()"
+    command = [sys.executable, "-c", code, "build", str(embedded_copy), *arguments]
+    process = subprocess.Popen(command, cwd=tmp_path, stderr=subprocess.PIPE, text=True, start_new_session=True)
+    until(lambda: list(embedded_copy.glob(f"{FOLDER}/.*/denoiser.plan")))  # the compiler is at work
+
+    send(process.pid, number)
+    _, errors = process.communicate(timeout=300)
+    assert process.returncode == 128 + number
+    assert "interrupted: nothing unfinished is kept" in errors and "Traceback" not in errors
+    assert [path.name for path in (embedded_copy / FOLDER).rglob("*")] == ["rtx-sm86-bf16"]
+    with pytest.raises(ProcessLookupError):  # no process of the group is left
+        until(lambda: os.killpg(process.pid, 0))
+
+
+def until(condition: Callable[[], object], seconds: float = 300) -> None:
+    end = time.monotonic() + seconds
+    while not condition():
+        assert time.monotonic() < end, "it did not happen"
+        time.sleep(0.05)
+
+
+def test_a_killed_process_is_an_error(embedded_copy: Path) -> None:
+    def kill(event: Event) -> None:
+        for process in multiprocessing.active_children():
+            process.kill()
+
+    with pytest.raises(CompilerError, match=r"that built conditioner ended with code -9; .* build with --jobs 1"):
+        build(Bundle.open(embedded_copy), "conditioner", on_event=kill)
+    assert [path.name for path in (embedded_copy / FOLDER).rglob("*")] == [TARGET.name]
+
+
+def test_every_part_of_a_key_counts(compiled: Bundle) -> None:
+    wanted = profiles(compiled)["conditioner"]
+    files = {name: FileRecord(1, "other") for name in compiled.manifest.files}
+    other = dataclasses.replace(compiled, manifest=dataclasses.replace(compiled.manifest, files=files))
+    compiler = Compiler("tensorrt_rtx", "1")
+    keys = [
+        plan_key(compiled, "conditioner", TARGET, compiler, wanted, None),
+        plan_key(other, "conditioner", TARGET, compiler, wanted, None),
+        plan_key(compiled, "text_encoder", TARGET, compiler, wanted, None),
+        plan_key(compiled, "conditioner", dataclasses.replace(TARGET, architectures=("sm86",)), compiler, wanted, None),
+        plan_key(compiled, "conditioner", TARGET, Compiler("tensorrt_rtx", "2"), wanted, None),
+        plan_key(compiled, "conditioner", TARGET, compiler, [*wanted, *wanted], None),
+        plan_key(compiled, "conditioner", TARGET, compiler, wanted, 10**9),
+    ]
+    assert len(set(keys)) == len(keys)
+
+
+REPORT = Report(
+    layers=(
+        Layer("_gemm_mha_v2_myl0_17", "kgen", ("fp16",)),
+        Layer("__myl_FcAdd_myl0_1", "runtime_fusion", ("fp32",)),
+        Layer("node_MatMul_389_myl0_21", "gemm", ("fp16",)),
+    ),
+    dtypes={"tokens": "fp16", "velocity": "fp16"},
+    profiles=({"tokens": ((1, 32, 8), (1, 64, 8), (2, 64, 8))},),
+    activation_bytes=(1000,),
+    weights_bytes=10,
+)
+HEADER_OF_A_PLAN = HEADER.pack(MAGIC, HEADER.size, b"1.7.1.0", 0b001000, 10)
+
+
+def check(tmp_path: Path, report: Report, header: bytes = HEADER_OF_A_PLAN) -> None:
+    """Verifies a report of a plan with one fused attention and one product in float32."""
+    plan = tmp_path / "denoiser.plan"
+    plan.write_bytes(header)
+    job = Job(
+        component="denoiser",
+        inputs={"tokens": ("B", "N", 8)},
+        graph=tmp_path / "denoiser.onnx",
+        plan=plan,
+        key="",
+        target=Target("rtx", ("sm89",), "fp16"),
+        profiles=({"B": Range(1, 1, 2), "N": Range(32, 64, 64)},),
+        budget=1000,
+    )
+    model = ir.Model(ir.Graph([], [], nodes=[]), ir_version=10)
+    verify(job, Lowered(model, REPORT.dtypes, attentions=1, wide_products=1), report, plan)
+
+
+def test_a_plan_as_asked_for_is_verified(tmp_path: Path) -> None:
+    check(tmp_path, REPORT)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"dtypes": {"tokens": "fp32"}}, r"types of inputs and outputs {'tokens': 'fp32'}, asked for were {.*'fp16'}"),
+        ({"profiles": ()}, r"the plan has profiles \[\], asked for were \[{'tokens': .*}\]"),
+        ({"layers": REPORT.layers[1:]}, "the plan has fused attentions 0, asked for were 1"),
+        ({"layers": REPORT.layers[:1] + 2 * REPORT.layers[1:2]}, "2 matrix products run in float32, .* asks for 1 in"),
+        ({"activation_bytes": ()}, "profiles with known activation memory 0, asked for were 1"),
+        ({"activation_bytes": (1001,)}, "the plan needs 1,001 bytes for activations, the budget is 1,000"),
+    ],
+)
+def test_a_plan_that_differs_is_refused(tmp_path: Path, change: dict[str, Any], message: str) -> None:
+    with pytest.raises(CompilerError, match=message):
+        check(tmp_path, dataclasses.replace(REPORT, **change))
+
+
+@pytest.mark.parametrize(
+    ("header", "message"),
+    [
+        (HEADER.pack(MAGIC, HEADER.size, b"", 0b011000, 10), r"has architectures \('sm89', 'sm120'\), asked for were"),
+        (HEADER.pack(MAGIC, HEADER.size + 1, b"", 0b001000, 10), "wrote no plan: .*, names 65 of 64 bytes"),
+        (b"", "the compiler wrote no plan"),
+    ],
+)
+def test_a_plan_with_another_header_is_refused(tmp_path: Path, header: bytes, message: str) -> None:
+    with pytest.raises(CompilerError, match=message):
+        check(tmp_path, REPORT, header)
+
+
+LOG = (
+    "Total Host Persistent Memory: 80 bytes",
+    "Total Activation Memory: 8694272 bytes",
+    "Total Activation Memory: 10020864 bytes",
+    "Total Weights Memory: 7502720 bytes",
+    """Layers:
+Name: __mye71863_0_myl0_0, LayerType: shape_call, Inputs: [], Constants: [], Outputs: [], TacticName: , StreamId: 0, Metadata:
+Name: __myl_FcAdd_myl0_1, LayerType: runtime_fusion, Inputs: [ { Name: time_features, Dimensions: [-1,128], Datatype: Float, Format: (Linear) }], Constants: [ { Name: __mye23, Dimensions: [1,192], Datatype: Half, Format: (Linear) }], Outputs: [ { Name: x, Dimensions: [-1,192], Datatype: Float, Format: (Linear) }], TacticName: , StreamId: 0, Metadata: [ONNX Layer: node_MatMul_4]
+Name: _gemm_mha_v2_myl0_17, LayerType: kgen, Inputs: [ { Name: a, Dimensions: [-1,48,48], Datatype: Half, Format: (Arbitrary) }, { Name: b, Dimensions: [-1,48,48], Datatype: Half, Format: (Arbitrary) }], Constants: [], Outputs: [ { Name: c, Dimensions: [-1,48,48], Datatype: Half, Format: (Arbitrary) }], TacticName: _gemm_mha_v2_0x3c1fee4f, StreamId: 0, Metadata:
+Name: node_MatMul_374+node_MatMul_341_myl1_12, LayerType: gemm, Inputs: [ { Name: d, Dimensions: [-1,192], Datatype: Half, Format: (Linear) }], Constants: [ { Name: e, Dimensions: [1], Datatype: Float, Format: (Linear) }], Outputs: [], TacticName: , StreamId: 0, Metadata:
+
+I/O Tensors:
+ Name: tokens, IOMode: Input, DataType: Half, Dimensions: [-1,-1,49], Location: Device, IsShapeInferenceIO: false, ProfileInfo: [ { MinShape: [1,48,49], OptShape: [2,48,49], MaxShape: [2,48,49], Format: (kLINEAR) }, { MinShape: [1,49,49], OptShape: [2,216,49], MaxShape: [2,216,49], Format: (kLINEAR) }]
+ Name: velocity, IOMode: Output, DataType: Half, Dimensions: [-1,48,32], Location: Device, IsShapeInferenceIO: false, ProfileInfo: [ { Format: (kLINEAR) }, { Format: (kLINEAR) }]
+""",  # noqa: E501 as the compiler writes it
+)
+
+
+def test_the_compilers_log_is_read() -> None:
+    report = parse_report(LOG)
+    assert report.layers == (
+        Layer("__mye71863_0_myl0_0", "shape_call", ()),
+        Layer("__myl_FcAdd_myl0_1", "runtime_fusion", ("fp32",)),
+        Layer("_gemm_mha_v2_myl0_17", "kgen", ("fp16", "fp16")),
+        Layer("node_MatMul_374+node_MatMul_341_myl1_12", "gemm", ("fp16",)),
+    )
+    assert (report.fused_attentions, report.wide_products) == (1, 1)
+    assert report.dtypes == {"tokens": "fp16", "velocity": "fp16"}
+    assert report.profiles == (
+        {"tokens": ((1, 48, 49), (2, 48, 49), (2, 48, 49))},
+        {"tokens": ((1, 49, 49), (2, 216, 49), (2, 216, 49))},
+    )
+    assert (report.activation_bytes, report.weights_bytes) == ((8694272, 10020864), 7502720)
+
+
+def test_a_log_without_layers_is_an_error() -> None:
+    with pytest.raises(CompilerError, match="logged no list of layers; is its release another than the one pinned"):
+        parse_report(LOG[:-1])

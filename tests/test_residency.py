@@ -1,0 +1,63 @@
+"""The memory plan: what engines take, which are loaded together, and what it says.
+
+pytest tests/test_residency.py
+"""
+
+from __future__ import annotations
+
+import pytest
+from fake_tensorrt import RTX_FP16, build_plans
+
+from tubelet.runtime import Bundle, UserError
+from tubelet.runtime.memory import MemoryInfo
+from tubelet.runtime.plans import plan_path, read_record
+from tubelet.runtime.residency import RESERVED, Footprint, footprint, plan_residency
+
+GIB = 1 << 30
+NEEDS = {
+    "text_encoder": Footprint(10 * GIB, 0, GIB),
+    "conditioner": Footprint(GIB // 2, 0, 0),
+    "denoiser": Footprint(3 * GIB, GIB, 2 * GIB),
+    "vae_decoder": Footprint(GIB, 0, 5 * GIB),
+    "vae_encoder": Footprint(GIB // 2, 0, 4 * GIB),
+}
+TEXT, REST = ("text_encoder", "conditioner"), ("denoiser", "vae_decoder", "vae_encoder")
+
+
+@pytest.mark.parametrize(
+    ("free", "groups", "says"),
+    [
+        (22, ((*TEXT, *REST),), "needs 21.0 GiB, card has 22.0 GiB to spare: all engines stay loaded"),
+        (21, ((*TEXT, *REST),), "needs 21.0 GiB, card has 21.0 GiB to spare: all engines stay loaded"),
+        (16, (TEXT, REST), "needs 21.0 GiB, card has 16.0 GiB to spare: will swap the text encoder out"),
+        (11.5, (TEXT, REST), "needs 21.0 GiB, card has 11.5 GiB to spare: will swap the text encoder out"),
+    ],
+)
+def test_as_much_stays_loaded_as_fits(free: float, groups: tuple[tuple[str, ...], ...], says: str) -> None:
+    """Weights and buffers add up, scratch memory is shared."""
+    residency = plan_residency(NEEDS, MemoryInfo(int(free * GIB) + RESERVED, 24 * GIB), "card")
+
+    assert residency.groups == groups
+    assert residency.sentence == says
+
+
+def test_parts_are_loaded_in_turn_and_must_fit_alone() -> None:
+    needs = NEEDS | {"text_encoder": Footprint(5 * GIB, 0, GIB)}
+    residency = plan_residency(needs, MemoryInfo(7 * GIB + RESERVED, 8 * GIB), "card")
+
+    assert residency.groups == (TEXT, ("denoiser",), ("vae_decoder", "vae_encoder"))
+    assert residency.sentence.endswith("will load text encoder, denoiser, VAE in turn")
+    assert residency.beside("conditioner") == TEXT
+    with pytest.raises(UserError, match=r"the text encoder alone needs 11\.5 GiB, card has 7\.0 GiB to spare"):
+        plan_residency(NEEDS, MemoryInfo(7 * GIB + RESERVED, 8 * GIB), "card")
+
+
+def test_a_plan_takes_its_ports_at_their_greatest(embedded_copy: object) -> None:
+    bundle = Bundle.open(str(embedded_copy))
+    build_plans(bundle, RTX_FP16)
+    record = read_record(plan_path(bundle, RTX_FP16, "conditioner"))
+
+    found = footprint(bundle.manifest.components["conditioner"], record)
+
+    embeddings, keys = 2 * 16 * 128, 2 * (6 * 2 * 4 * 16 * 48)  # batch 2; cross_k and cross_v
+    assert found == Footprint(1 << 20, 2 * (embeddings + keys), 1024)
