@@ -1,13 +1,12 @@
 """One component's graph + profiles + target -> a verified plan, by TensorRT or TensorRT-RTX.
 
-Flows in: a Job, plain data, so that it can cross to another process. Flows out: a plan and its record in a bundle, both
-or neither. The two compilers share this code and differ in what their modules offer. No GPU is needed to build for
+Flows in: a Job, plain data, and in the working folder the graph and its weights. Flows out: a plan in that folder, and
+its record. The two compilers share this code and differ in what their modules offer. No GPU is needed to build for
 TensorRT-RTX.
 """
 
 from __future__ import annotations
 
-import os
 import resource
 import time
 from collections.abc import Callable, Mapping
@@ -18,7 +17,7 @@ from typing import Any
 import onnx_ir as ir
 
 from tubelet.runtime.bundle import Shape, record
-from tubelet.runtime.plans import Measured, PlanRecord, Target, write_record
+from tubelet.runtime.plans import Measured, PlanRecord, Target
 from tubelet.runtime.profiles import Profile
 from tubelet.runtime.tensorrt import compiler_of, load_module
 
@@ -28,7 +27,17 @@ from .precision import Lowered, lower
 from .profiles import Bounds, input_shapes
 
 NO_DRIVER = "cudaError 35"  # logged throughout on a machine without a GPU, where it means nothing
-OnStep = Callable[[str, int, int], None]  # phase, steps done and in all
+GRAPH, TYPED, PLAN = Path("graph.onnx"), Path("typed.onnx"), Path("plan")  # in the folder of a job
+
+
+@dataclass(frozen=True)
+class Event:
+    """How far the building of a component is."""
+
+    component: str
+    phase: str
+    done: int
+    steps: int
 
 
 @dataclass(frozen=True)
@@ -36,10 +45,8 @@ class Job:
     """What one plan is built from."""
 
     component: str
-    inputs: Mapping[str, Shape]
-    graph: Path
-    plan: Path
     key: str
+    inputs: Mapping[str, Shape]
     target: Target
     profiles: tuple[Profile, ...]
     budget: int | None  # bytes of device memory for activations
@@ -48,32 +55,26 @@ class Job:
         """The least, optimal and greatest shape of every input in each profile."""
         return [input_shapes(self.inputs, profile) for profile in self.profiles]
 
-    @property
-    def size(self) -> int:
-        """About how long the build takes, in no unit."""
-        return self.graph.stat().st_size * len(self.profiles)
 
-
-def compile_component(job: Job, scratch: Path, on_step: OnStep = lambda phase, done, steps: None) -> PlanRecord:
-    """Builds, verifies and writes one plan. `scratch` is a folder beside the plan's where the weights are too.
+def compile_component(job: Job, on_event: Callable[[Event], None]) -> PlanRecord:
+    """Builds and verifies the plan of GRAPH as PLAN, both in the working folder, where the weights are too.
 
     Raises CompilerError when the compiler refuses or the plan is not what was asked for.
     """
     start, trt = time.monotonic(), load_module(job.target.compiler)
     logger = _logger(trt)
-    graph, plan = scratch / job.graph.name, scratch / job.plan.name
-    lowered = lower(ir.load(job.graph), job.target.precision, job.target.wide_products)
-    ir.save(lowered.model, graph)
-    builder, network, _parser = _parse(trt, logger, graph)
-    config = _configure(trt, builder, job, on_step)
-    with plan.open("wb") as file:
+    lowered = lower(ir.load(GRAPH), job.target.precision, job.target.wide_products)
+    ir.save(lowered.model, TYPED)
+    builder, network, _parser = _parse(trt, logger, job)
+    config = _configure(trt, builder, job, on_event)
+    with PLAN.open("wb") as file:
         writer = _writer(trt, file)
         if not builder.build_serialized_network_to_stream(network, config, writer):
             within = f" within {job.budget:,} bytes for activations" if job.budget is not None else ""
             raise writer.error or CompilerError(f"the compiler refused {job.component}{within}: {logger.problems()}")
     report = parse_report(logger.lines)
-    verify(job, lowered, report, plan)
-    written = PlanRecord(
+    verify(job, lowered, report, PLAN)
+    return PlanRecord(
         component=job.component,
         key=job.key,
         target=job.target,
@@ -81,7 +82,7 @@ def compile_component(job: Job, scratch: Path, on_step: OnStep = lambda phase, d
         dtypes=report.dtypes,
         profiles=job.profiles,
         budget=job.budget,
-        file=record(plan),
+        file=record(PLAN),
         measured=Measured(
             weights_bytes=report.weights_bytes,
             activation_bytes=report.activation_bytes,
@@ -92,10 +93,6 @@ def compile_component(job: Job, scratch: Path, on_step: OnStep = lambda phase, d
             peak_bytes=1024 * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss,
         ),
     )
-    job.plan.with_suffix(".json").unlink(missing_ok=True)  # a plan without a record counts as absent
-    os.replace(plan, job.plan)
-    write_record(job.plan, written)
-    return written
 
 
 def verify(job: Job, lowered: Lowered, report: Report, plan: Path) -> None:
@@ -127,23 +124,23 @@ def verify(job: Job, lowered: Lowered, report: Report, plan: Path) -> None:
         )
 
 
-def _parse(trt: Any, logger: Any, graph: Path) -> tuple[Any, Any, Any]:
+def _parse(trt: Any, logger: Any, job: Job) -> tuple[Any, Any, Any]:
     """A builder, the graph's network, and the parser, which owns weights that the network uses."""
     builder = trt.Builder(logger)
     network = builder.create_network(0)
     parser = trt.OnnxParser(network, logger)
-    if not parser.parse_from_file(str(graph)):
+    if not parser.parse_from_file(str(TYPED)):
         errors = "; ".join(parser.get_error(i).desc() for i in range(parser.num_errors))
-        raise CompilerError(f"the compiler cannot read {graph.stem}: {errors}")
+        raise CompilerError(f"the compiler cannot read {job.component}: {errors}")
     return builder, network, parser
 
 
-def _configure(trt: Any, builder: Any, job: Job, on_step: OnStep) -> Any:
+def _configure(trt: Any, builder: Any, job: Job, on_event: Callable[[Event], None]) -> Any:
     config = builder.create_builder_config()
     config.profiling_verbosity = trt.ProfilingVerbosity.DETAILED
     config.clear_flag(trt.BuilderFlag.TF32)  # what is float32 in a narrow graph is so for its precision
     config.set_preview_feature(trt.PreviewFeature.RUNTIME_ACTIVATION_RESIZE_10_10, True)  # scratch memory by shape
-    config.progress_monitor = _monitor(trt, on_step)
+    config.progress_monitor = _monitor(trt, job.component, on_event)
     if job.budget is not None:
         config.set_memory_pool_limit(trt.MemoryPoolType.WORKSPACE, job.budget)
     if hasattr(trt.BuilderFlag, "REQUIRE_USER_ALLOCATION"):
@@ -183,7 +180,7 @@ def _logger(trt: Any) -> Any:
     return Logger()
 
 
-def _monitor(trt: Any, on_step: OnStep) -> Any:
+def _monitor(trt: Any, component: str, on_event: Callable[[Event], None]) -> Any:
     class Monitor(trt.IProgressMonitor):
         """Hands the builder's steps on."""
 
@@ -195,7 +192,7 @@ def _monitor(trt: Any, on_step: OnStep) -> Any:
             self.steps[name] = steps
 
         def step_complete(self, name: str, step: int) -> bool:
-            on_step(name, step + 1, self.steps.get(name, 0))
+            on_event(Event(component, name, step + 1, self.steps.get(name, 0)))
             return True
 
         def phase_finish(self, name: str) -> None:

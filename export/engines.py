@@ -6,35 +6,35 @@ is kept, so that an interrupted build goes on where it was; what was being built
 
 from __future__ import annotations
 
-import multiprocessing
+import os
 import shutil
-import signal
+import subprocess
+import sys
 import tempfile
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
-from multiprocessing.connection import Connection, wait
+from multiprocessing import Pipe
+from multiprocessing.connection import wait
 from pathlib import Path
 from typing import cast
 
 from tubelet.runtime.bundle import WEIGHTS, Bundle
 from tubelet.runtime.errors import UserError
-from tubelet.runtime.plans import FOLDER, PlanRecord, Target, plan_key, plan_path, read_record, verify_plan
+from tubelet.runtime.plans import (
+    FOLDER,
+    PlanRecord,
+    Target,
+    plan_key,
+    plan_path,
+    read_record,
+    verify_plan,
+    write_record,
+)
 from tubelet.runtime.profiles import Profiles
 from tubelet.runtime.tensorrt import compiler_of, load_module
 
-from .compile import Job, compile_component
+from .compile import GRAPH, PLAN, Event, Job
 from .errors import CompilerError
 from .precision import TYPES
-
-
-@dataclass(frozen=True)
-class Event:
-    """How far the building of one component is."""
-
-    component: str
-    phase: str
-    done: int
-    steps: int
 
 
 def build_engines(
@@ -57,16 +57,15 @@ def build_engines(
     compiler = compiler_of(load_module(target.compiler))
     jobs, built = [], []
     for component, wanted in profiles.items():
-        plan = plan_path(bundle, target, component)
         key = plan_key(bundle, component, target, compiler, wanted, budget)
-        if known := _kept(plan, key):
+        if known := _kept(plan_path(bundle, target, component), key):
             built.append(known)
             on_built(known, True)
         else:
             inputs = bundle.manifest.components[component].inputs
-            jobs.append(Job(component, inputs, bundle.graph(component), plan, key, target, tuple(wanted), budget))
+            jobs.append(Job(component, key, inputs, target, tuple(wanted), budget))
     if jobs:
-        jobs.sort(key=lambda job: job.size, reverse=True)  # the longest first
+        jobs.sort(key=lambda job: bundle.graph(job.component).stat().st_size * len(job.profiles), reverse=True)
         built += _build(bundle, jobs, workers, on_event, lambda record: on_built(record, False))
     return built
 
@@ -83,84 +82,79 @@ def _kept(plan: Path, key: str) -> PlanRecord | None:
 
 def _build(
     bundle: Bundle,
-    jobs: Sequence[Job],
+    jobs: Sequence[Job],  # the longest first
     workers: int,
     on_event: Callable[[Event], None],
     on_built: Callable[[PlanRecord], None],
 ) -> list[PlanRecord]:
-    scratch = _scratch(bundle, jobs[0].plan.parent)
     waiting, running, built = list(jobs), list[_Building](), list[PlanRecord]()
     try:
         while waiting or running:
             while waiting and len(running) < workers:
-                running.append(_Building(waiting.pop(0), scratch))
+                running.append(_Building(bundle, waiting.pop(0)))
             ready = wait([building.pipe for building in running])
             for building in [each for each in running if each.pipe in ready]:
                 said = building.receive()
                 if isinstance(said, Event):
                     on_event(said)
                     continue
-                building.stop()
+                building.publish(said)
+                building.close()
                 running.remove(building)
                 built.append(said)
                 on_built(said)
         return built
     finally:
         for building in running:
-            building.stop()
-        shutil.rmtree(scratch, ignore_errors=True)
+            building.close()
 
 
 class _Building:
-    """A process that builds one plan: the memory that it takes is its own, and its end gives all of it back."""
+    """A process that builds one plan in a folder of its own: what both take is given back at the end."""
 
-    def __init__(self, job: Job, scratch: Path):
-        context = multiprocessing.get_context("spawn")  # the compilers start threads, which do not survive a fork
-        self.pipe, theirs = context.Pipe(duplex=False)
-        self._component = job.component
-        self._process = context.Process(target=_compile, args=(job, scratch, theirs), daemon=True)
-        self._process.start()
+    def __init__(self, bundle: Bundle, job: Job):
+        self._job, self._plan = job, plan_path(bundle, job.target, job.component)
+        try:
+            self._plan.parent.mkdir(parents=True, exist_ok=True)
+            self._folder = Path(tempfile.mkdtemp(prefix=".", dir=bundle.folder / FOLDER))
+            for name, file in ((GRAPH, bundle.graph(job.component)), (WEIGHTS, bundle.path(WEIGHTS))):
+                (self._folder / name).symlink_to(file.resolve())
+        except OSError as error:
+            raise UserError(
+                f"cannot write to {self._plan.parent}: {error.strerror}; copy the bundle to a writable folder"
+            ) from error
+        self.pipe, theirs = Pipe()
+        self._process = subprocess.Popen(
+            [sys.executable, "-m", "tubelet.export.compile_process", str(theirs.fileno())],
+            cwd=self._folder,
+            pass_fds=[theirs.fileno()],
+            start_new_session=True,  # Ctrl-C is for the parent alone
+        )
         theirs.close()
+        self.pipe.send(job)
 
     def receive(self) -> Event | PlanRecord:
         """What the process says next: a step, or at its end the record. Raises what went wrong there."""
         try:
             said = self.pipe.recv()
-        except EOFError as error:
-            self._process.join()
+        except (EOFError, ConnectionResetError) as error:
             raise CompilerError(
-                f"the process that built {self._component} ended with code {self._process.exitcode}; if it was killed "
-                f"for want of memory, build with --jobs 1"
+                f"the process that built {self._job.component} ended with code {self._process.wait()}; if it was "
+                f"killed for want of memory, build with --jobs 1"
             ) from error
         if isinstance(said, Exception):
             raise said
         return cast(Event | PlanRecord, said)
 
-    def stop(self) -> None:
-        """Ends the process wherever it is: in the middle of a phase the compilers hear nothing."""
-        self._process.kill()
-        self._process.join()
+    def publish(self, content: PlanRecord) -> None:
+        """Puts the plan in its place, and then the record that makes it valid."""
+        self._plan.with_suffix(".json").unlink(missing_ok=True)
+        os.replace(self._folder / PLAN, self._plan)
+        write_record(self._plan, content)
+
+    def close(self) -> None:
+        """Ends the process wherever it is, and removes what it left."""
+        self._process.kill()  # in the middle of a phase the compilers hear nothing
+        self._process.wait()
         self.pipe.close()
-
-
-def _scratch(bundle: Bundle, folder: Path) -> Path:
-    """A folder inside the bundle for what is unfinished, in which graphs find their weights."""
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-        scratch = Path(tempfile.mkdtemp(prefix=".", dir=bundle.folder / FOLDER))
-        (scratch / WEIGHTS).symlink_to(Path("..", "..", WEIGHTS))
-    except OSError as error:
-        raise UserError(f"cannot write to {folder}: {error.strerror}; copy the bundle to a writable folder") from error
-    return scratch
-
-
-def _compile(job: Job, scratch: Path, pipe: Connection) -> None:
-    """Runs in a process of its own. Its parent alone hears Ctrl-C, and kills it."""
-    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
-        signal.signal(number, signal.SIG_IGN)
-    try:
-        pipe.send(compile_component(job, scratch, lambda phase, *steps: pipe.send(Event(job.component, phase, *steps))))
-    except CompilerError as error:
-        pipe.send(error)
-    except OSError as error:
-        pipe.send(UserError(f"cannot write the plan of {job.component}: {error.strerror}; free space for it"))
+        shutil.rmtree(self._folder, ignore_errors=True)

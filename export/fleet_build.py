@@ -16,7 +16,8 @@ from tubelet.runtime.errors import UserError
 from tubelet.runtime.plans import PlanRecord, Target, installed
 from tubelet.runtime.profiles import Profile, Profiles
 
-from .engines import Event, build_engines
+from .compile import Event
+from .engines import build_engines
 from .errors import CompilerError
 from .fleet import Fleet, FleetPlan
 from .precision import TYPES

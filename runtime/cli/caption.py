@@ -15,7 +15,6 @@ from ..chat import caption_messages, complete, tidy
 from ..errors import UserError
 from ..geometry import nearest_size
 from ..media import read_clip
-from ..pipeline import Pipeline
 from ..studio import Studio
 from .app import command, err, out
 from .options import Chat, Run

@@ -15,7 +15,7 @@ from ..plans import PlanRecord
 from .app import err
 
 if TYPE_CHECKING:
-    from tubelet.export.engines import Event  # noqa: TID251 loaded by the commands alone
+    from tubelet.export.compile import Event  # noqa: TID251 loaded by the commands alone
 
 LONGEST = "Computing profile costs"  # the compiler's phase that takes nearly all of its time: kernels of each profile
 

@@ -15,7 +15,6 @@ from ..errors import UserError
 from ..fit import Fit
 from ..fit import Size as Extent
 from ..media import read_clip
-from ..pipeline import Pipeline
 from ..recipe import Recipe
 from ..request import Request
 from ..studio import CONTEXT, Studio
