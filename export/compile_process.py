@@ -1,7 +1,7 @@
 """The process that builds one plan: `python -m tubelet.export.compile_process FD`.
 
-Flows in: a Job, from the pipe whose file descriptor is FD, and the files of the working folder. Flows out: a plan there,
-and Events to the same pipe; at the end a PlanRecord or an error.
+Flows in: a Job, from the pipe whose file descriptor is FD, and the files of the working folder. Flows out: a plan
+there, and Events to the same pipe; at the end a PlanRecord or an error.
 """
 
 from __future__ import annotations
