@@ -155,7 +155,7 @@ def told(record: PlanRecord) -> dict[str, object]:
         "weights_bytes": measured.weights_bytes,
         "activation_gib": [round(n / GIB, 2) for n in measured.activation_bytes],
         "fused_attentions": measured.fused_attentions,
-        "kernels": measured.layers,
+        "kernels": measured.kernels,
     }
 
 
