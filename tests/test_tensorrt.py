@@ -24,7 +24,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-from fake_device import FakeDevice
+from fake_device import FakeDevice, FakeStream
 from fake_tensorrt import RTX, FakeTensorRt, build_plans, spans
 from gpu import acceptance
 from numpy.typing import NDArray
@@ -227,6 +227,28 @@ def test_without_a_graph_steps_are_queued_one_by_one(machine: Machine, on_gpu: P
 
     assert "CUDA_ERROR_STREAM_CAPTURE_INVALIDATED" in generation.loop.eager
     assert machine.device.counts["capture"] == 1
+    np.testing.assert_array_equal(np.concatenate(list(on_gpu.decode(generation))), on_cpu.generate(SMALL))
+
+
+def test_garbage_is_collected_during_a_capture(
+    machine: Machine, on_gpu: Pipeline, on_cpu: Pipeline, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A generation in a reference cycle frees its memory while a step is captured, whose graph has all its work."""
+    garbage = on_gpu.prepare(request(frames=5))
+    garbage.itself = garbage  # type: ignore[attr-defined]
+    state, capture = garbage.loop._state.pointer, FakeStream.capture  # type: ignore[attr-defined]
+    monkeypatch.setattr(FakeStream, "capture", lambda self, work: capture(self, lambda: (work(), gc.collect())))
+    gc.disable()
+    try:
+        del garbage
+        generation = on_gpu.prepare(SMALL)
+        assert state in machine.device.buffers
+        on_gpu.step(generation)
+        assert state not in machine.device.buffers
+    finally:
+        gc.enable()
+    on_gpu.finish(generation)
+
     np.testing.assert_array_equal(np.concatenate(list(on_gpu.decode(generation))), on_cpu.generate(SMALL))
 
 
