@@ -37,6 +37,7 @@ class Footprint:
 @dataclass(frozen=True)
 class Residency:
     groups: tuple[tuple[str, ...], ...]  # of components
+    workspaces: int  # bytes for the denoiser's buffers, of all shapes together
     sentence: str
 
     def beside(self, component: str) -> tuple[str, ...]:
@@ -69,17 +70,22 @@ def plan_residency(footprints: Mapping[str, Footprint], memory: MemoryInfo, devi
     rest = tuple(name for name in everything if name not in text)
     free = memory.free - RESERVED
     whole = f"needs {_gib(_needed(footprints, everything))}, {device} has {_gib(free)} to spare"
+
+    def residency(groups: tuple[tuple[str, ...], ...], sentence: str) -> Residency:
+        spare = free - max(_needed(footprints, group) for group in groups)
+        return Residency(groups, footprints["denoiser"].buffers + spare, f"{whole}: {sentence}")
+
     if _needed(footprints, everything) <= free:
-        return Residency((everything,), f"{whole}: all engines stay loaded")
+        return residency((everything,), "all engines stay loaded")
     if max(_needed(footprints, group) for group in (text, rest)) <= free:
-        return Residency((text, rest), f"{whole}: will swap the text encoder out")
+        return residency((text, rest), "will swap the text encoder out")
     for part, names in parts.items():
         if _needed(footprints, names) > free:
             raise UserError(
                 f"the {part} alone needs {_gib(_needed(footprints, names))}, {device} has {_gib(free)} to spare; "
                 "free its memory, build for smaller shapes, or use target cpu"
             )
-    return Residency(tuple(parts.values()), f"{whole}: will load {', '.join(parts)} in turn")
+    return residency(tuple(parts.values()), f"will load {', '.join(parts)} in turn")
 
 
 def _needed(footprints: Mapping[str, Footprint], names: Sequence[str]) -> int:

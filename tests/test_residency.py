@@ -25,19 +25,22 @@ TEXT, REST = ("text_encoder", "conditioner"), ("denoiser", "vae_decoder", "vae_e
 
 
 @pytest.mark.parametrize(
-    ("free", "groups", "says"),
+    ("free", "groups", "workspaces", "says"),
     [
-        (22, ((*TEXT, *REST),), "needs 21.0 GiB, card has 22.0 GiB to spare: all engines stay loaded"),
-        (21, ((*TEXT, *REST),), "needs 21.0 GiB, card has 21.0 GiB to spare: all engines stay loaded"),
-        (16, (TEXT, REST), "needs 21.0 GiB, card has 16.0 GiB to spare: will swap the text encoder out"),
-        (11.5, (TEXT, REST), "needs 21.0 GiB, card has 11.5 GiB to spare: will swap the text encoder out"),
+        (22, ((*TEXT, *REST),), 2, "needs 21.0 GiB, card has 22.0 GiB to spare: all engines stay loaded"),
+        (21, ((*TEXT, *REST),), 1, "needs 21.0 GiB, card has 21.0 GiB to spare: all engines stay loaded"),
+        (16, (TEXT, REST), 5.5, "needs 21.0 GiB, card has 16.0 GiB to spare: will swap the text encoder out"),
+        (11.5, (TEXT, REST), 1, "needs 21.0 GiB, card has 11.5 GiB to spare: will swap the text encoder out"),
     ],
 )
-def test_as_much_stays_loaded_as_fits(free: float, groups: tuple[tuple[str, ...], ...], says: str) -> None:
-    """Weights and buffers add up, scratch memory is shared."""
+def test_as_much_stays_loaded_as_fits(
+    free: float, groups: tuple[tuple[str, ...], ...], workspaces: float, says: str
+) -> None:
+    """Weights and buffers add up, scratch memory is shared; what is left is for more of the denoiser's buffers."""
     residency = plan_residency(NEEDS, MemoryInfo(int(free * GIB) + RESERVED, 24 * GIB), "card")
 
     assert residency.groups == groups
+    assert residency.workspaces == workspaces * GIB
     assert residency.sentence == says
 
 

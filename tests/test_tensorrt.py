@@ -32,10 +32,12 @@ from numpy.typing import NDArray
 from tubelet.runtime import EMBEDDED, Bundle, Cancelled, Generation, Pipeline, Request, Studio, UserError, targets
 from tubelet.runtime.bundle import record as file_record
 from tubelet.runtime.canvas import Canvas
+from tubelet.runtime.device_loop import IDLE, Workspaces
 from tubelet.runtime.loop import Pinned
 from tubelet.runtime.memory import DeviceError
 from tubelet.runtime.plans import Target
 from tubelet.runtime.profiles import Range
+from tubelet.runtime.session import Session
 
 SMALL = Request("a red circle moves right on a white background", width=48, height=48, frames=9, steps=4)
 
@@ -218,6 +220,45 @@ def test_graphs_are_captured_anew_when_scratch_memory_moves(machine: Machine, on
     assert machine.device.counts["capture"] == 3
     on_gpu.finish(small)
     assert machine.device.counts["capture"] == 3
+
+
+def test_shapes_that_take_turns_keep_their_graphs(machine: Machine, on_gpu: Pipeline) -> None:
+    """One request at a time, each when the one before is done; in the first round scratch memory grows."""
+    shapes = [SMALL, request(guidance=1.0), request(frames=5), request(width=96, height=96)]
+    for each in shapes * 2:
+        on_gpu.generate(each)
+    captures, allocations = machine.device.counts["capture"], machine.device.counts["allocation"]
+    for each in shapes:
+        on_gpu.step(on_gpu.prepare(each))
+
+    assert machine.device.counts["capture"] == captures
+    per_request = len(("embeddings", "cross_k", "cross_v", "times", "state", "updates"))
+    uploads = 2 * len(shapes)  # ids and mask of a batch of another size
+    assert machine.device.counts["allocation"] - allocations <= len(shapes) * per_request + uploads
+
+
+def test_the_workspace_that_waits_longest_goes_when_memory_is_short(cuda_host: ctypes.CDLL) -> None:
+    device = FakeDevice(cuda_host)
+    dtypes = {"tokens": "fp16", "velocity": "fp16"}
+
+    def shapes(tokens: int) -> dict[str, tuple[int, ...]]:
+        return {"tokens": (1, tokens, 8), "velocity": (1, tokens, 8)}  # 32 bytes a token
+
+    workspaces = Workspaces(Session(device), limit=32 * 400)
+    first, second = (workspaces.take(dtypes, shapes(tokens)) for tokens in (100, 200))
+    assert (first.nbytes, second.nbytes) == (3200, 6400)
+    for each in (first, second):
+        workspaces.give_back(each)
+    places = first.velocity.pointer, second.velocity.pointer
+    del first, second, each
+    third = workspaces.take(dtypes, shapes(150))
+
+    assert places[0] not in device.buffers and places[1] in device.buffers
+    assert workspaces.take(dtypes, shapes(200)).velocity.pointer == places[1]
+    assert third.velocity.pointer in device.buffers
+    for tokens in range(1, 2 * IDLE):
+        workspaces.give_back(workspaces.take(dtypes, shapes(tokens)))
+    assert len(workspaces._idle) == IDLE
 
 
 def test_without_a_graph_steps_are_queued_one_by_one(machine: Machine, on_gpu: Pipeline, on_cpu: Pipeline) -> None:
