@@ -7,6 +7,7 @@ then `guided_step`, reads them there, so that it is the same for all steps and f
 
 from __future__ import annotations
 
+import dataclasses
 import math
 import struct
 import weakref
@@ -136,13 +137,15 @@ class DeviceLoop(Resource):
 
     def __init__(self, session: Session, workspaces: Workspaces, denoiser: Callable[[], Denoiser], steps: Steps):
         """Raises DeviceError when memory is short."""
-        self._session, self._denoiser, self._steps = session, denoiser, steps
+        self._session, self._denoiser = session, denoiser
+        on_host = {name: value for name, value in steps.inputs.items() if not isinstance(value, DeviceArray)}
+        self.steps = dataclasses.replace(steps, inputs=on_host)  # of the others the workspace has a copy
         shapes = {name: tuple(value.shape) for name, value in steps.inputs.items()}
         shapes["velocity"] = (steps.batch, *steps.state.shape[1:])
         with session.lock:
             self._workspace = workspaces.take(denoiser().dtypes, shapes)
             super().__init__(workspaces.give_back, self._workspace)
-            self._upload()
+            self._upload(steps)
 
     @property
     def eager(self) -> str | None:
@@ -158,19 +161,19 @@ class DeviceLoop(Resource):
 
     def read(self) -> None:
         with self._session.lock:
-            self._state.download(self._steps.state, self._session.stream)
+            self._state.download(self.steps.state, self._session.stream)
             self._session.stream.synchronize()
 
     def write(self) -> None:
-        tokens, state = self._steps.inputs["tokens"], self._steps.state
+        tokens, state = self.steps.inputs["tokens"], self.steps.state
         tokens[:, :, : state.shape[2]] = state[0]
         with self._session.lock:
             self._state.upload(state, self._session.stream)
             self._place("tokens", tokens)
             self._session.stream.synchronize()
 
-    def _upload(self) -> None:
-        steps, workspace, stream = self._steps, self._workspace, self._session.stream
+    def _upload(self, steps: Steps) -> None:
+        workspace, stream = self._workspace, self._session.stream
         for name, value in steps.inputs.items():
             self._place(name, value)
         times = np.repeat(steps.time_table[:, None], steps.batch, axis=1)  # [steps,B,2,F]
@@ -190,13 +193,13 @@ class DeviceLoop(Resource):
         stream.synchronize()
 
     def _launch(self, index: int) -> Launch:
-        state = [self._state[i] for i in range(len(self._steps.state))]
+        state = [self._state[i] for i in range(len(self.steps.state))]
         return StreamKernels(self._session.stream).guided_step_launch(
             state,
             self._workspace.velocity,
             self._workspace.inputs["tokens"],
             **self._pins,
-            **self._steps.update(index),
+            **self.steps.update(index),
         )
 
     def _place(self, name: str, value: NDArray[Any] | DeviceArray) -> None:

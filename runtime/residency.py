@@ -1,7 +1,8 @@
 """Which engines are in a GPU's memory at the same time, decided before any is loaded.
 
 Flows in: what each engine takes, and how much memory is free. Flows out: groups that are loaded in turn, as few as fit,
-and a sentence that says so. All engines share one scratch memory; weights and static buffers add up.
+and a sentence that says so. All engines share one scratch memory; weights and static buffers add up. What a generation
+keeps on the device while other engines take their turn is part of every group.
 """
 
 from __future__ import annotations
@@ -17,6 +18,7 @@ from .memory import MemoryInfo
 from .plans import PlanRecord
 
 RESERVED = 1 << 29  # bytes for contexts, the code of kernels and the sampler's state
+KEPT = ("conditioner", "denoiser")  # their buffers are a generation's: keys and values as they are made, a workspace
 PARTS = {
     "text encoder": ("text_encoder", "conditioner"),
     "denoiser": ("denoiser",),
@@ -89,8 +91,9 @@ def plan_residency(footprints: Mapping[str, Footprint], memory: MemoryInfo, devi
 
 
 def _needed(footprints: Mapping[str, Footprint], names: Sequence[str]) -> int:
-    found = [footprints[name] for name in names]
-    return sum(each.weights + each.buffers for each in found) + max(each.scratch for each in found)
+    weights = sum(footprints[name].weights for name in names)
+    buffers = sum(footprints[name].buffers for name in {*names, *KEPT})
+    return weights + buffers + max(footprints[name].scratch for name in names)
 
 
 def _gib(size: int) -> str:

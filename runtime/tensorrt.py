@@ -109,6 +109,7 @@ class TensorRtEngine:
             ports = self._component.inputs.items()
             zeros = {name: np.zeros(sizes(port, optimal), DTYPES[self.dtypes[name]]) for name, port in ports}
             self._run(index, optimal, zeros)
+        self._buffers.clear()
         if self._cache is not None:
             self._cache.write()
 

@@ -117,25 +117,23 @@ def test_every_task_is_that_of_the_cpu(on_gpu: Pipeline, on_cpu: Pipeline) -> No
         np.testing.assert_array_equal(ours, theirs)
 
 
-def test_a_model_of_one_level_pins_with_noise(machine: Machine, on_cpu: Pipeline) -> None:
+def test_a_model_of_one_level_pins_with_noise(
+    on_gpu: Pipeline, on_cpu: Pipeline, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """Known tokens get their place on the way from noise: other numbers at every step, in the same graph."""
-    steps = on_cpu.prepare(SMALL).steps
-    tokens, values = steps.state.shape[1:]
+    tokens, values = on_cpu.prepare(SMALL).state.shape[1:]
     rng = np.random.default_rng(0)
     clean, noise = rng.standard_normal((2, tokens, values), np.float32)
     pinned = Pinned((np.arange(tokens) % 3 == 0).astype(np.float32), clean, noise)
-    build_plans(machine.bundle, RTX)
 
-    def states(pipeline: Pipeline) -> list[NDArray[Any]]:
-        prepared = pipeline.prepare(SMALL).steps
-        loop = pipeline.engines.loop(dataclasses.replace(prepared, pinned=pinned))
-        for index in range(4):
-            loop.step(index)
-        loop.read()
-        return [prepared.state]
+    def states(pipeline: Pipeline) -> NDArray[Any]:
+        loop = pipeline.engines.loop
+        monkeypatch.setattr(pipeline.engines, "loop", lambda steps: loop(dataclasses.replace(steps, pinned=pinned)))
+        generation = pipeline.prepare(SMALL)
+        pipeline.finish(generation)
+        return generation.state
 
-    with machine.open() as on_gpu:
-        np.testing.assert_array_equal(states(on_gpu), states(on_cpu))
+    np.testing.assert_array_equal(states(on_gpu), states(on_cpu))
 
 
 @pytest.mark.parametrize("stop", [0, 1, 4])
@@ -328,6 +326,23 @@ def test_kernels_of_a_read_only_bundle_are_kept_at_home(
     kept = list((tmp_path / "home" / ".cache" / "tubelet").iterdir())
     assert len(kept) == len(machine.bundle.manifest.components)
     assert not list((machine.bundle.folder / "engines").glob("*/.*.part"))
+
+
+def test_a_generation_keeps_one_copy_of_its_keys_and_values(machine: Machine, on_gpu: Pipeline) -> None:
+    """That of its workspace: what the conditioner made is free when the generation is prepared."""
+    generation = on_gpu.prepare(SMALL)
+
+    size = 4 * 6 * 2 * 4 * 16 * 48  # float32 [blocks,B,heads,L,D]
+    assert list(machine.device.buffers.values()).count(size) == len(("cross_k", "cross_v"))
+    on_gpu.finish(generation)
+
+
+def test_warming_up_leaves_no_arrays(machine: Machine, on_gpu: Pipeline) -> None:
+    """The memory plan counts the denoiser's buffers once, as a workspace."""
+    before = set(machine.device.buffers)
+    on_gpu.warm_up()
+
+    assert len(set(machine.device.buffers) - before) == 1  # scratch memory
 
 
 def test_engines_that_do_not_fit_are_loaded_in_turn(machine: Machine, on_cpu: Pipeline) -> None:
