@@ -30,12 +30,14 @@ MODULES = {"rtx": "tensorrt_rtx", "tensorrt": "tensorrt"}
 
 
 def load_module(kind: str) -> ModuleType:
-    """The Python module of a compiler. Raises UserError where it is not installed."""
+    """The Python module of a compiler. Raises UserError where it is not installed, or its libraries do not load."""
     name = MODULES[kind]
     try:
         return import_module(name)
     except ImportError as error:
         raise UserError(f"{name} is not installed ({error}); pip install '{name.replace('_', '-')}'") from error
+    except OSError as error:
+        raise UserError(f"{name} cannot load its libraries ({error}); install it again") from error
 
 
 def compiler_of(module: ModuleType) -> Compiler:
@@ -46,9 +48,15 @@ class TensorRt:
     """One of the two compilers' runtimes on a session's device."""
 
     def __init__(self, module: ModuleType, session: Session):
+        """Raises UserError where the runtime cannot be made."""
         self.module, self.session = module, session
         self._logger = _logger(module)
-        self._native = module.Runtime(self._logger)
+        try:
+            self._native = module.Runtime(self._logger)
+        except TypeError as error:  # the bindings', when the library gives none
+            raise UserError(
+                f"{module.__name__} cannot run here: {self.problems()}; does the NVIDIA driver belong to its release?"
+            ) from error
 
     def load(self, plan: Plan, component: Component, resident: frozenset[str]) -> TensorRtEngine:
         """Verifies a plan's file and loads it. Raises UserError when it is damaged or refused."""

@@ -456,6 +456,32 @@ def test_a_plan_that_is_not_for_this_machine_is_refused(
     assert re.search(message, str(on_cpu.target))
 
 
+def test_a_runtime_that_cannot_be_made_is_named_and_passed_over(machine: Machine) -> None:
+    build_plans(machine.bundle, RTX)
+    machine.module.broken = True
+    message = "tensorrt_rtx cannot run here: CUDA initialization failure with error: 35; does the NVIDIA driver"
+    with pytest.raises(UserError, match=message):
+        machine.open()
+    on_cpu = machine.open("auto")
+
+    assert on_cpu.target.target == "cpu" and message in str(on_cpu.target)
+
+
+def test_a_module_without_its_libraries_is_named_and_passed_over(
+    machine: Machine, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    build_plans(machine.bundle, RTX)
+    (tmp_path / "tensorrt_rtx.py").write_text("import ctypes; ctypes.CDLL('libtensorrt_rtx.so.0')")
+    monkeypatch.syspath_prepend(tmp_path)
+    monkeypatch.delitem(sys.modules, "tensorrt_rtx")
+    message = r"tensorrt_rtx cannot load its libraries \(libtensorrt_rtx\.so\.0: .*\); install it again"
+    with pytest.raises(UserError, match=message):
+        machine.open()
+    on_cpu = machine.open("auto")
+
+    assert on_cpu.target.target == "cpu" and re.search(message, str(on_cpu.target))
+
+
 def test_another_gpu_and_no_driver_are_named(machine: Machine, monkeypatch: pytest.MonkeyPatch) -> None:
     build_plans(machine.bundle, RTX)
     machine.device.architecture = "sm120"
