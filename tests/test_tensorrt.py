@@ -29,7 +29,20 @@ from fake_tensorrt import RTX, FakeTensorRt, build_plans, spans
 from gpu import acceptance
 from numpy.typing import NDArray
 
-from tubelet.runtime import EMBEDDED, Bundle, Cancelled, Generation, Pipeline, Request, Studio, UserError, targets
+from tubelet.runtime import (
+    EMBEDDED,
+    Bundle,
+    Cancelled,
+    Generation,
+    Pipeline,
+    Request,
+    Studio,
+    UserError,
+    plans,
+    targets,
+    tensorrt,
+)
+from tubelet.runtime.bundle import FileRecord
 from tubelet.runtime.bundle import record as file_record
 from tubelet.runtime.canvas import Canvas
 from tubelet.runtime.device_loop import IDLE, Workspaces
@@ -360,6 +373,27 @@ def test_engines_that_do_not_fit_are_loaded_in_turn(machine: Machine, on_cpu: Pi
             on_gpu.finish(generation)
             frames = np.concatenate(list(on_gpu.decode(generation)))
             np.testing.assert_array_equal(frames, on_cpu.generate(request(seed=seed)))
+
+
+def test_plans_are_read_whole_once_and_again_when_they_change(
+    machine: Machine, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    build_plans(machine.bundle, RTX, weights={"text_encoder": 5 << 29, "denoiser": 2 << 30})
+    verified: list[str] = []
+
+    def verify_file(path: Path, expected: FileRecord) -> None:
+        verified.append(path.stem)
+        plans.verify_file(path, expected)
+
+    monkeypatch.setattr(tensorrt, "verify_file", verify_file)
+    with machine.open() as on_gpu:
+        for _ in range(2):
+            on_gpu.generate(SMALL)
+        assert sorted(verified) == sorted(set(verified)) and "text_encoder" in verified
+        (plan,) = (machine.bundle.folder / "engines").glob("*/text_encoder.plan")
+        truncate(plan)
+        with pytest.raises(UserError, match=r"text_encoder\.plan is damaged: it is not what its record says"):
+            on_gpu.generate(SMALL)
 
 
 # ---- what goes wrong ----
