@@ -14,6 +14,7 @@ from typing import Any
 
 from .compiler_report import Layer, Report
 from .errors import CompilerError
+from .profiles import Bounds
 
 TYPES = {"FLOAT": "fp32", "HALF": "fp16", "BF16": "bf16", "INT64": "int64", "INT32": "int32", "BOOL": "bool"}
 WIDE = re.compile(r"\bfp32\b|\bfloat\b", re.IGNORECASE)
@@ -32,14 +33,19 @@ def load_report(trt: Any, logger: Any, plan: Path) -> Report:
     inputs = [name for name in names if engine.get_tensor_mode(name) == trt.TensorIOMode.INPUT]
     every = range(engine.num_optimization_profiles)
     dtypes = {name: engine.get_tensor_dtype(name).name for name in names}
-    bounds = {name: [engine.get_tensor_profile_shape(name, profile) for profile in every] for name in inputs}
+    bounds = {name: [_bounds(engine.get_tensor_profile_shape(name, profile)) for profile in every] for name in inputs}
     return Report(
         layers=tuple(_layer(each) for each in listing["Layers"]),
         dtypes={name: TYPES.get(dtype, dtype) for name, dtype in dtypes.items()},
-        profiles=tuple({name: tuple(map(tuple, bounds[name][profile])) for name in inputs} for profile in every),
+        profiles=tuple({name: bounds[name][profile] for name in inputs} for profile in every),
         activation_bytes=tuple(engine.get_device_memory_size_for_profile_v2(profile) for profile in every),
         weights_bytes=engine.get_engine_stat(trt.EngineStat.TOTAL_WEIGHTS_SIZE),
     )
+
+
+def _bounds(shapes: Any) -> Bounds:
+    least, optimal, greatest = (tuple(int(extent) for extent in shape) for shape in shapes)
+    return least, optimal, greatest
 
 
 def _layer(listed: Any) -> Layer:
