@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import resource
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -22,6 +22,7 @@ from tubelet.runtime.profiles import Profile
 from tubelet.runtime.tensorrt import compiler_of, load_module
 
 from .compiler_report import HEADER, Report, architectures, parse_report
+from .engine_report import load_report
 from .errors import CompilerError
 from .precision import Lowered, lower
 from .profiles import Bounds, input_shapes
@@ -72,7 +73,7 @@ def compile_component(job: Job, on_event: Callable[[Event], None]) -> PlanRecord
         if not builder.build_serialized_network_to_stream(network, config, writer):
             within = f" within {job.budget:,} bytes for activations" if job.budget is not None else ""
             raise writer.error or CompilerError(f"the compiler refused {job.component}{within}: {logger.problems()}")
-    report = parse_report(logger.lines)
+    report = parse_report(logger.lines) if job.target.compiler == "rtx" else load_report(trt, logger, PLAN)
     verify(job, lowered, report, PLAN)
     return PlanRecord(
         component=job.component,
@@ -87,7 +88,7 @@ def compile_component(job: Job, on_event: Callable[[Event], None]) -> PlanRecord
             weights_bytes=report.weights_bytes,
             activation_bytes=report.activation_bytes,
             kernels=len(report.layers),
-            fused_attentions=lowered.attentions,
+            fused_attentions=report.fused_attentions // len(job.profiles),
             wide_products=report.wide_products // len(job.profiles),
             seconds=round(time.monotonic() - start, 1),
             peak_bytes=1024 * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss,
@@ -97,31 +98,42 @@ def compile_component(job: Job, on_event: Callable[[Event], None]) -> PlanRecord
 
 def verify(job: Job, lowered: Lowered, report: Report, plan: Path) -> None:
     """Raises CompilerError unless the plan is for the architectures, ports and profiles asked for, and well fused."""
-    size = plan.stat().st_size
-    with plan.open("rb") as file:
-        header = file.read(HEADER.size)
-    claims: list[tuple[str, Any, Any]] = []
     if job.target.compiler == "rtx":
-        claims.append(("architectures", architectures(header, size), job.target.architectures))
-    claims += [
+        _verify_rtx(job, lowered, report, plan)
+    claims: list[tuple[str, Any, Any]] = [
         ("types of inputs and outputs", report.dtypes, lowered.dtypes),
         ("profiles", list(report.profiles), job.bounds()),
-        ("fused attentions", report.fused_attentions, lowered.attentions * len(job.profiles)),
         ("profiles with known activation memory", len(report.activation_bytes), len(job.profiles)),
     ]
-    for what, found, wanted in claims:
-        if found != wanted:
-            raise CompilerError(f"{job.component}: the plan has {what} {found}, asked for were {wanted}")
-    if report.wide_products > lowered.wide_products * len(job.profiles):
-        raise CompilerError(
-            f"{job.component}: {report.wide_products} matrix products run in float32, the graph asks for "
-            f"{lowered.wide_products} in each of {len(job.profiles)} profiles"
-        )
+    _require(job, claims)
     most = max(report.activation_bytes)
     if job.budget is not None and most > job.budget:
         raise CompilerError(
             f"{job.component}: the plan needs {most:,} bytes for activations, the budget is {job.budget:,}"
         )
+
+
+def _verify_rtx(job: Job, lowered: Lowered, report: Report, plan: Path) -> None:
+    """Its architectures, and what the names of its kernels tell; TensorRT's names were never seen."""
+    size = plan.stat().st_size
+    with plan.open("rb") as file:
+        header = file.read(HEADER.size)
+    claims = [
+        ("architectures", architectures(header, size), job.target.architectures),
+        ("fused attentions", report.fused_attentions, lowered.attentions * len(job.profiles)),
+    ]
+    _require(job, claims)
+    if report.wide_products > lowered.wide_products * len(job.profiles):
+        raise CompilerError(
+            f"{job.component}: {report.wide_products} matrix products run in float32, the graph asks for "
+            f"{lowered.wide_products} in each of {len(job.profiles)} profiles"
+        )
+
+
+def _require(job: Job, claims: Sequence[tuple[str, Any, Any]]) -> None:
+    for what, found, wanted in claims:
+        if found != wanted:
+            raise CompilerError(f"{job.component}: the plan has {what} {found}, asked for were {wanted}")
 
 
 def _parse(trt: Any, logger: Any, job: Job) -> tuple[Any, Any, Any]:

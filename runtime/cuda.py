@@ -130,7 +130,8 @@ class CudaStream(Resource):
 
     def capture(self, work: Callable[[], object]) -> Graph:
         call, driver = self.device.call, self._driver
-        mode = driver.CUstreamCaptureMode.CU_STREAM_CAPTURE_MODE_THREAD_LOCAL
+        # relaxed: memory may be freed meanwhile, since a garbage collection can happen anywhere
+        mode = driver.CUstreamCaptureMode.CU_STREAM_CAPTURE_MODE_RELAXED
         call(driver.cuStreamBeginCapture, self.handle, mode)
         queued, self._copied = self._copied, []
         try:

@@ -7,9 +7,11 @@ then `guided_step`, reads them there, so that it is the same for all steps and f
 
 from __future__ import annotations
 
+import dataclasses
+import math
 import struct
 import weakref
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from typing import Any, Protocol
 
 import numpy as np
@@ -23,6 +25,7 @@ from .session import Session
 
 Head = tuple[str, Extent, Extent]  # a launch without its arguments: kernel, grid, block
 Shapes = Mapping[str, tuple[int, ...]]
+IDLE = 8  # workspaces kept at most: each has a context and a graph, whose memory is not known
 
 
 class Execution(Protocol):
@@ -46,11 +49,14 @@ class Denoiser(Protocol):
 class Workspace:
     """Static named buffers for inputs of these shapes, an execution on them, and the graph of a step."""
 
-    def __init__(self, session: Session, dtypes: Mapping[str, str], shapes: Shapes, values: int):
+    def __init__(self, session: Session, dtypes: Mapping[str, str], shapes: Shapes):
+        """`shapes` are those of the denoiser's inputs and of `velocity`."""
         self._session = session
-        self.shapes, self.dtypes = shapes, dtypes
-        self.inputs = {name: self._empty(shape, name) for name, shape in shapes.items()}
-        self.velocity = self._empty((*shapes["tokens"][:2], values), "velocity")
+        self.shapes, self.dtypes, self.nbytes = shapes, dtypes, _nbytes(dtypes, shapes)
+        self.inputs = {
+            name: DeviceArray.empty(session.device, shape, DTYPES[dtypes[name]]) for name, shape in shapes.items()
+        }
+        self.velocity = self.inputs.pop("velocity")
         self.update = DeviceArray.empty(session.device, (step_bytes(),), np.uint8)  # guided_step's arguments
         self.eager: str | None = None  # why there is no graph, where capturing failed
         self._execution: Execution | None = None
@@ -83,30 +89,41 @@ class Workspace:
         """Lets go of the engine; the next run makes another execution."""
         self._execution = self._graph = None
 
-    def _empty(self, shape: Sequence[int], name: str) -> DeviceArray:
-        return DeviceArray.empty(self._session.device, shape, DTYPES[self.dtypes[name]])
+
+def _nbytes(dtypes: Mapping[str, str], shapes: Shapes) -> int:
+    return sum(DTYPES[dtypes[name]].itemsize * math.prod(shape) for name, shape in shapes.items())
 
 
 class Workspaces:
-    """A workspace for every loop. Those given back wait for loops of the same shapes, until other shapes come."""
+    """A workspace for every loop.
 
-    def __init__(self, session: Session):
-        self._session = session
-        self._idle: list[Workspace] = []
+    Those given back wait for loops of the same shapes, with their graphs; the one that waits longest goes when all
+    would take more than `limit` bytes.
+    """
+
+    def __init__(self, session: Session, limit: int):
+        self._session, self._limit = session, limit
+        self._idle: list[Workspace] = []  # last the one that was given back last
         self._all: weakref.WeakSet[Workspace] = weakref.WeakSet()
 
-    def take(self, dtypes: Mapping[str, str], shapes: Shapes, values: int) -> Workspace:
+    def take(self, dtypes: Mapping[str, str], shapes: Shapes) -> Workspace:
         for workspace in self._idle:
             if workspace.shapes == shapes:
                 self._idle.remove(workspace)
                 return workspace
-        self._idle.clear()
-        workspace = Workspace(self._session, dtypes, shapes, values)
+        size = _nbytes(dtypes, shapes)
+        while self._idle and (len(self._idle) >= IDLE or self._taken() + size > self._limit):
+            del self._idle[0]
+        workspace = Workspace(self._session, dtypes, shapes)
         self._all.add(workspace)
         return workspace
 
     def give_back(self, workspace: Workspace) -> None:
+        """From whatever thread and at any time, as finalizers are called: it frees nothing."""
         self._idle.append(workspace)
+
+    def _taken(self) -> int:
+        return sum(workspace.nbytes for workspace in self._all)
 
     def unload(self) -> None:
         """Lets go of the engine and of all workspaces that wait."""
@@ -120,12 +137,15 @@ class DeviceLoop(Resource):
 
     def __init__(self, session: Session, workspaces: Workspaces, denoiser: Callable[[], Denoiser], steps: Steps):
         """Raises DeviceError when memory is short."""
-        self._session, self._denoiser, self._steps = session, denoiser, steps
+        self._session, self._denoiser = session, denoiser
+        on_host = {name: value for name, value in steps.inputs.items() if not isinstance(value, DeviceArray)}
+        self.steps = dataclasses.replace(steps, inputs=on_host)  # of the others the workspace has a copy
         shapes = {name: tuple(value.shape) for name, value in steps.inputs.items()}
+        shapes["velocity"] = (steps.batch, *steps.state.shape[1:])
         with session.lock:
-            self._workspace = workspaces.take(denoiser().dtypes, shapes, steps.state.shape[2])
+            self._workspace = workspaces.take(denoiser().dtypes, shapes)
             super().__init__(workspaces.give_back, self._workspace)
-            self._upload()
+            self._upload(steps)
 
     @property
     def eager(self) -> str | None:
@@ -141,19 +161,19 @@ class DeviceLoop(Resource):
 
     def read(self) -> None:
         with self._session.lock:
-            self._state.download(self._steps.state, self._session.stream)
+            self._state.download(self.steps.state, self._session.stream)
             self._session.stream.synchronize()
 
     def write(self) -> None:
-        tokens, state = self._steps.inputs["tokens"], self._steps.state
+        tokens, state = self.steps.inputs["tokens"], self.steps.state
         tokens[:, :, : state.shape[2]] = state[0]
         with self._session.lock:
             self._state.upload(state, self._session.stream)
             self._place("tokens", tokens)
             self._session.stream.synchronize()
 
-    def _upload(self) -> None:
-        steps, workspace, stream = self._steps, self._workspace, self._session.stream
+    def _upload(self, steps: Steps) -> None:
+        workspace, stream = self._workspace, self._session.stream
         for name, value in steps.inputs.items():
             self._place(name, value)
         times = np.repeat(steps.time_table[:, None], steps.batch, axis=1)  # [steps,B,2,F]
@@ -173,13 +193,13 @@ class DeviceLoop(Resource):
         stream.synchronize()
 
     def _launch(self, index: int) -> Launch:
-        state = [self._state[i] for i in range(len(self._steps.state))]
+        state = [self._state[i] for i in range(len(self.steps.state))]
         return StreamKernels(self._session.stream).guided_step_launch(
             state,
             self._workspace.velocity,
             self._workspace.inputs["tokens"],
             **self._pins,
-            **self._steps.update(index),
+            **self.steps.update(index),
         )
 
     def _place(self, name: str, value: NDArray[Any] | DeviceArray) -> None:

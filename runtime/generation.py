@@ -20,7 +20,7 @@ from .atomic import temporary_beside
 from .canvas import Canvas
 from .errors import UserError
 from .geometry import Geometry
-from .loop import Loop, Steps
+from .loop import Loop
 from .request import Request, Settings
 from .schedule import Schedule
 from .strict import read
@@ -33,7 +33,7 @@ Float32 = NDArray[np.float32]
 
 @dataclass
 class Generation:
-    """A request on its way: what its steps read and write, who takes them, and how many are done.
+    """A request on its way: who takes its steps, with what they read and write, and how many are done.
 
     Everything is allocated by `Pipeline.prepare` and reused by every step.
     """
@@ -41,7 +41,6 @@ class Generation:
     settings: Settings
     geometry: Geometry
     schedule: Schedule
-    steps: Steps
     loop: Loop
     bundle_key: str
     canvas: Canvas | None
@@ -55,7 +54,7 @@ class Generation:
     def state(self) -> Float32:
         """The sample x and the sampler's history, [S,N,P], as they are now."""
         self.loop.read()
-        return self.steps.state
+        return self.loop.steps.state
 
     def save(self, path: str | Path) -> None:
         """Writes the sampler's state and the request as safetensors; `load` goes on from there bit for bit.
@@ -96,14 +95,14 @@ class Generation:
             settings = read(Settings, json.loads(metadata["settings"]), "settings")
             generation = pipeline.prepare(Request(**vars(settings)), canvas)
             done = int(metadata["done"])
-            fits = state.shape == generation.steps.state.shape and state.dtype == np.float32
+            fits = state.shape == generation.loop.steps.state.shape and state.dtype == np.float32
             if not fits or not 0 <= done <= generation.schedule.steps:
                 raise UserError("its state does not fit its request; generate again")
         except FileNotFoundError as error:
             raise UserError(f"there is no saved generation {path}") from error
         except (OSError, SafetensorError, KeyError, TypeError, ValueError) as error:
             raise UserError(f"cannot resume {path}: {error}") from error
-        np.copyto(generation.steps.state, state)
+        np.copyto(generation.loop.steps.state, state)
         generation.loop.write()
         generation.done = done
         return generation

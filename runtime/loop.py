@@ -54,6 +54,11 @@ class Steps:
 
 
 class Loop(Protocol):
+    @property
+    def steps(self) -> Steps:
+        """What it takes, as far as that is in host memory."""
+        ...
+
     def step(self, index: int) -> None:
         """Takes a step, and returns when it is done."""
         ...
@@ -71,21 +76,21 @@ class HostLoop:
     """Steps on the host's arrays, bound once."""
 
     def __init__(self, engine: Engine, steps: Steps):
-        self._steps, self._state = steps, list(steps.state)
+        self.steps, self._state = steps, list(steps.state)
         self._tokens, self._time = steps.inputs["tokens"], steps.inputs["time_features"]
         self._velocity = kernels.empty((steps.batch, *steps.state.shape[1:]), np.float32)
         self._pins = {} if steps.pinned is None else vars(steps.pinned)
         self._binding = engine.bind(steps.inputs, {"velocity": self._velocity})
 
     def step(self, index: int) -> None:
-        np.copyto(self._time, self._steps.time_table[index])
+        np.copyto(self._time, self.steps.time_table[index])
         self._binding.run()
-        update = self._steps.update(index)
+        update = self.steps.update(index)
         kernels.guided_step(self._state, self._velocity, self._tokens, **self._pins, **update)
 
     def read(self) -> None:
         """The state is the host's."""
 
     def write(self) -> None:
-        values = self._steps.state.shape[2]
+        values = self.steps.state.shape[2]
         self._tokens[:, :, :values] = self._state[0]

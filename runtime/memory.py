@@ -58,7 +58,7 @@ class Stream(Protocol):
     def capture(self, work: Callable[[], object]) -> Graph:
         """What `work` queues on this stream, as a graph; none of it runs now.
 
-        Kernels must have been launched once before, outside a capture.
+        Kernels must have been launched once before, outside a capture. Other memory may be freed meanwhile.
         """
         ...
 

@@ -199,8 +199,7 @@ class Pipeline:
             guidance=settings.guidance,
             pinned=pinned,
         )
-        loop = self.engines.loop(steps)
-        return Generation(settings, geometry, schedule, steps, loop, self.bundle.key, canvas)
+        return Generation(settings, geometry, schedule, self.engines.loop(steps), self.bundle.key, canvas)
 
     def step(self, generation: Generation) -> None:
         """One denoising step: the engine, then guidance and the sampler's update in one pass.

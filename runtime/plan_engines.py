@@ -31,7 +31,7 @@ class PlanEngines(Resource):
         self._runtime, self._bundle, self._plans, self._residency = runtime, bundle, plans, residency
         self.session = runtime.session
         self._loaded: dict[str, TensorRtEngine] = {}
-        self._workspaces = Workspaces(self.session)
+        self._workspaces = Workspaces(self.session, residency.workspaces)
         super().__init__(_release, self._loaded, self._workspaces, self.session)
         if len(residency.groups) == 1:
             try:

@@ -1,7 +1,8 @@
 """Which engines are in a GPU's memory at the same time, decided before any is loaded.
 
 Flows in: what each engine takes, and how much memory is free. Flows out: groups that are loaded in turn, as few as fit,
-and a sentence that says so. All engines share one scratch memory; weights and static buffers add up.
+and a sentence that says so. All engines share one scratch memory; weights and static buffers add up. What a generation
+keeps on the device while other engines take their turn is part of every group.
 """
 
 from __future__ import annotations
@@ -17,6 +18,7 @@ from .memory import MemoryInfo
 from .plans import PlanRecord
 
 RESERVED = 1 << 29  # bytes for contexts, the code of kernels and the sampler's state
+KEPT = ("conditioner", "denoiser")  # their buffers are a generation's: keys and values as they are made, a workspace
 PARTS = {
     "text encoder": ("text_encoder", "conditioner"),
     "denoiser": ("denoiser",),
@@ -37,6 +39,7 @@ class Footprint:
 @dataclass(frozen=True)
 class Residency:
     groups: tuple[tuple[str, ...], ...]  # of components
+    workspaces: int  # bytes for the denoiser's buffers, of all shapes together
     sentence: str
 
     def beside(self, component: str) -> tuple[str, ...]:
@@ -69,22 +72,28 @@ def plan_residency(footprints: Mapping[str, Footprint], memory: MemoryInfo, devi
     rest = tuple(name for name in everything if name not in text)
     free = memory.free - RESERVED
     whole = f"needs {_gib(_needed(footprints, everything))}, {device} has {_gib(free)} to spare"
+
+    def residency(groups: tuple[tuple[str, ...], ...], sentence: str) -> Residency:
+        spare = free - max(_needed(footprints, group) for group in groups)
+        return Residency(groups, footprints["denoiser"].buffers + spare, f"{whole}: {sentence}")
+
     if _needed(footprints, everything) <= free:
-        return Residency((everything,), f"{whole}: all engines stay loaded")
+        return residency((everything,), "all engines stay loaded")
     if max(_needed(footprints, group) for group in (text, rest)) <= free:
-        return Residency((text, rest), f"{whole}: will swap the text encoder out")
+        return residency((text, rest), "will swap the text encoder out")
     for part, names in parts.items():
         if _needed(footprints, names) > free:
             raise UserError(
                 f"the {part} alone needs {_gib(_needed(footprints, names))}, {device} has {_gib(free)} to spare; "
                 "free its memory, build for smaller shapes, or use target cpu"
             )
-    return Residency(tuple(parts.values()), f"{whole}: will load {', '.join(parts)} in turn")
+    return residency(tuple(parts.values()), f"will load {', '.join(parts)} in turn")
 
 
 def _needed(footprints: Mapping[str, Footprint], names: Sequence[str]) -> int:
-    found = [footprints[name] for name in names]
-    return sum(each.weights + each.buffers for each in found) + max(each.scratch for each in found)
+    weights = sum(footprints[name].weights for name in names)
+    buffers = sum(footprints[name].buffers for name in {*names, *KEPT})
+    return weights + buffers + max(footprints[name].scratch for name in names)
 
 
 def _gib(size: int) -> str:

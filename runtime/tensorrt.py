@@ -10,6 +10,7 @@ from __future__ import annotations
 import mmap
 from collections.abc import Mapping
 from importlib import import_module
+from pathlib import Path
 from types import ModuleType
 from typing import Any
 
@@ -30,12 +31,14 @@ MODULES = {"rtx": "tensorrt_rtx", "tensorrt": "tensorrt"}
 
 
 def load_module(kind: str) -> ModuleType:
-    """The Python module of a compiler. Raises UserError where it is not installed."""
+    """The Python module of a compiler. Raises UserError where it is not installed, or its libraries do not load."""
     name = MODULES[kind]
     try:
         return import_module(name)
     except ImportError as error:
         raise UserError(f"{name} is not installed ({error}); pip install '{name.replace('_', '-')}'") from error
+    except OSError as error:
+        raise UserError(f"{name} cannot load its libraries ({error}); install it again") from error
 
 
 def compiler_of(module: ModuleType) -> Compiler:
@@ -46,18 +49,32 @@ class TensorRt:
     """One of the two compilers' runtimes on a session's device."""
 
     def __init__(self, module: ModuleType, session: Session):
+        """Raises UserError where the runtime cannot be made."""
         self.module, self.session = module, session
         self._logger = _logger(module)
-        self._native = module.Runtime(self._logger)
+        self._verified: set[tuple[object, ...]] = set()  # files as they were
+        try:
+            self._native = module.Runtime(self._logger)
+        except TypeError as error:  # the bindings', when the library gives none
+            raise UserError(
+                f"{module.__name__} cannot run here: {self.problems()}; does the NVIDIA driver belong to its release?"
+            ) from error
 
     def load(self, plan: Plan, component: Component, resident: frozenset[str]) -> TensorRtEngine:
         """Verifies a plan's file and loads it. Raises UserError when it is damaged or refused."""
-        verify_file(plan.path, plan.record.file)
+        self._verify(plan)
         with plan.path.open("rb") as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as data:
             engine = self._native.deserialize_cuda_engine(data)
         if engine is None:
             raise UserError(f"{plan.path} cannot be loaded: {self.problems()}; build the target again")
         return TensorRtEngine(self, engine, plan, component, resident)
+
+    def _verify(self, plan: Plan) -> None:
+        """Reads the whole file once, and again when it has changed: engines that take turns are loaded often."""
+        file = _identity(plan.path)
+        if file not in self._verified:
+            verify_file(plan.path, plan.record.file)
+            self._verified.add(file)
 
     def accept(self, done: object, what: str) -> None:
         """Raises DeviceError, with what was logged, unless the runtime did what it was asked for."""
@@ -109,6 +126,7 @@ class TensorRtEngine:
             ports = self._component.inputs.items()
             zeros = {name: np.zeros(sizes(port, optimal), DTYPES[self.dtypes[name]]) for name, port in ports}
             self._run(index, optimal, zeros)
+        self._buffers.clear()
         if self._cache is not None:
             self._cache.write()
 
@@ -207,6 +225,15 @@ class Execution:
         self.reserve()
         queued = self._context.execute_async_v3(self._runtime.session.stream.handle)
         self._runtime.accept(queued, f"running the {self._name}")
+
+
+def _identity(path: Path) -> tuple[object, ...]:
+    """Of a file as it is now. Raises UserError where there is none."""
+    try:
+        stat = path.stat()
+    except OSError as error:
+        raise UserError(f"cannot read {path}: {error.strerror}; build the target again") from error
+    return path, stat.st_dev, stat.st_ino, stat.st_size, stat.st_mtime_ns
 
 
 def _logger(trt: Any) -> Any:

@@ -1,7 +1,8 @@
 """A device without a GPU: the protocols of `tubelet.runtime.memory` on host memory, with the CUDA kernels as host code.
 
 Stricter than a GPU where that shows mistakes: queued work runs only when the stream is waited for or memory is freed,
-fresh memory holds garbage, and allocating or waiting while a stream is captured is an error. `Faults` injects faults.
+fresh memory holds garbage, and allocating or waiting while a stream is captured is an error; freeing is not, since a
+garbage collection can happen anywhere. `Faults` injects faults.
 """
 
 from __future__ import annotations
@@ -116,6 +117,7 @@ class FakeStream(Resource):
         self.device = device
         self.handle = id(self)
         self._queue: list[Callable[[], None]] = []
+        self._captured: list[Callable[[], None]] | None = None  # while it is captured
         device.streams.add(self)
 
     def upload(self, pointer: int, host: NDArray[Any]) -> None:
@@ -141,18 +143,18 @@ class FakeStream(Resource):
     def enqueue(self, work: Callable[[], None]) -> None:
         """Queues other work, such as a fake engine's; called for each replay when captured."""
         assert self._finalizer.alive, "the stream is closed"
-        self._queue.append(work)
+        (self._queue if self._captured is None else self._captured).append(work)
 
     def capture(self, work: Callable[[], object]) -> FakeGraph:
-        queued, self._queue = self._queue, []
+        self._captured = captured = []
         self.device.capturing = True
         try:
             work()
             if self.device.fails("capture"):
                 raise DeviceError("cuStreamEndCapture", "CUDA_ERROR_STREAM_CAPTURE_INVALIDATED")
-            return FakeGraph(self._queue)
+            return FakeGraph(captured)
         finally:
-            self.device.capturing, self._queue = False, queued
+            self.device.capturing, self._captured = False, None
 
     def synchronize(self) -> None:
         if self.device.capturing:

@@ -41,6 +41,7 @@ class FakeTensorRt:
         self.__version__ = VERSION
         self.device = device
         self.failing: str | None = None  # the component that cannot run
+        self.broken = False  # whether there is no runtime
         self.ILogger = type("ILogger", (), {"ERROR": 1, "__init__": lambda self: None})
         self.ExecutionContextAllocationStrategy = SimpleNamespace(USER_MANAGED="user managed")
         if kind == "rtx":
@@ -48,6 +49,9 @@ class FakeTensorRt:
             self.DynamicShapesKernelSpecializationStrategy = SimpleNamespace(EAGER="eager")
 
     def Runtime(self, logger: Any) -> Runtime:
+        if self.broken:
+            logger.log(1, "CUDA initialization failure with error: 35")
+            raise TypeError("pybind11::init(): factory function returned nullptr")
         return Runtime(self, logger)
 
 

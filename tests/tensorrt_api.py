@@ -33,6 +33,7 @@ FILES: dict[str, Mapping[str, str]] = {  # by variable: the type of what is not 
     },
     "runtime/kernel_cache.py": {"config": "IRuntimeConfig", "cache": "IRuntimeCache", "_cache": "IRuntimeCache"},
     "export/compile.py": {"builder": "Builder", "network": "INetworkDefinition"},
+    "export/engine_report.py": {"engine": "ICudaEngine", "inspector": "EngineInspector"},
 }
 
 Api = Mapping[str, Any]  # "Type.member" -> "value", "property", "settable" or the signatures of a method

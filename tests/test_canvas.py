@@ -140,8 +140,8 @@ def test_known_tokens_are_clean_at_every_step(pipeline: Pipeline, sampler: str) 
 
     for _ in range(4):
         np.testing.assert_array_equal(generation.state[0][known], clean[known])
-        np.testing.assert_array_equal(generation.steps.inputs["tokens"][0][:, :32][known], clean[known])
-        np.testing.assert_array_equal(generation.steps.inputs["known"], np.stack([known.astype(np.float32)] * 2))
+        np.testing.assert_array_equal(generation.loop.steps.inputs["tokens"][0][:, :32][known], clean[known])
+        np.testing.assert_array_equal(generation.loop.steps.inputs["known"], np.stack([known.astype(np.float32)] * 2))
         assert not (generation.state[0][~known] == clean[~known]).any()
         if not generation.finished:
             pipeline.step(generation)

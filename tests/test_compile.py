@@ -16,6 +16,7 @@ import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import onnx_ir as ir
@@ -25,6 +26,7 @@ from rich.console import Console
 
 from tubelet.export.compile import Event, Job, verify
 from tubelet.export.compiler_report import HEADER, MAGIC, Layer, Report, architectures, parse_report
+from tubelet.export.engine_report import load_report
 from tubelet.export.engines import build_engines
 from tubelet.export.errors import CompilerError
 from tubelet.export.precision import PRECISE, Lowered
@@ -283,7 +285,7 @@ REPORT = Report(
 HEADER_OF_A_PLAN = HEADER.pack(MAGIC, HEADER.size, b"1.7.1.0", 0b001000, 10)
 
 
-def check(tmp_path: Path, report: Report, header: bytes = HEADER_OF_A_PLAN) -> None:
+def check(tmp_path: Path, report: Report, header: bytes = HEADER_OF_A_PLAN, compiler: str = "rtx") -> None:
     """Verifies a report of a plan with one fused attention and one product in float32."""
     plan = tmp_path / "denoiser.plan"
     plan.write_bytes(header)
@@ -291,7 +293,7 @@ def check(tmp_path: Path, report: Report, header: bytes = HEADER_OF_A_PLAN) -> N
         component="denoiser",
         key="",
         inputs={"tokens": ("B", "N", 8)},
-        target=Target("rtx", ("sm89",), "fp16"),
+        target=Target(compiler, ("sm89",), "fp16"),
         profiles=({"B": Range(1, 1, 2), "N": Range(32, 64, 64)},),
         budget=1000,
     )
@@ -317,6 +319,64 @@ def test_a_plan_as_asked_for_is_verified(tmp_path: Path) -> None:
 def test_a_plan_that_differs_is_refused(tmp_path: Path, change: dict[str, Any], message: str) -> None:
     with pytest.raises(CompilerError, match=message):
         check(tmp_path, dataclasses.replace(REPORT, **change))
+
+
+def test_kernels_of_tensorrt_may_have_other_names(tmp_path: Path) -> None:
+    """What else was asked for must be so."""
+    other = dataclasses.replace(REPORT, layers=(Layer("attention_of_tensorrt", "kgen", ()), *REPORT.layers[1:2] * 2))
+    check(tmp_path, other, header=b"", compiler="tensorrt")
+    with pytest.raises(CompilerError, match="profiles with known activation memory 0, asked for were 1"):
+        check(tmp_path, dataclasses.replace(other, activation_bytes=()), compiler="tensorrt")
+
+
+class LoadedEngine:
+    """Answers as an engine of TensorRT, with the ports and profiles of LOG."""
+
+    names = ("tokens", "velocity")
+    num_io_tensors, num_optimization_profiles = 2, 2
+    get_tensor_name = names.__getitem__
+
+    def get_tensor_mode(self, name: str) -> str:
+        return "in" if name == "tokens" else "out"
+
+    def get_tensor_dtype(self, name: str) -> Any:
+        return SimpleNamespace(name="HALF")
+
+    def get_tensor_profile_shape(self, name: str, profile: int) -> list[list[int]]:
+        assert name == "tokens", "outputs have no bounds"
+        return [[[1, 48, 49], [2, 48, 49], [2, 48, 49]], [[1, 49, 49], [2, 216, 49], [2, 216, 49]]][profile]
+
+    def get_device_memory_size_for_profile_v2(self, profile: int) -> int:
+        return (8694272, 10020864)[profile]
+
+    def get_engine_stat(self, stat: str) -> int:
+        return {"weights": 7502720}[stat]
+
+    def create_engine_inspector(self) -> Any:
+        port = {"Name": "a", "Dimensions": [1, 192], "Format/Datatype": "Row major linear FP32"}
+        product = {"Name": "__myl_FcAdd_myl0_1", "LayerType": "kgen", "Inputs": [port]}
+        text = json.dumps({"Layers": [product, "_gemm_mha_v2_myl0_17"], "Bindings": list(self.names)})
+        return SimpleNamespace(get_engine_information=lambda form: {"json": text}[form])
+
+
+def test_a_loaded_plan_is_asked_what_the_log_says_of_others(tmp_path: Path) -> None:
+    (tmp_path / "plan").write_bytes(b"plan")
+    engines = {b"plan": LoadedEngine()}
+    trt = SimpleNamespace(
+        Runtime=lambda logger: SimpleNamespace(deserialize_cuda_engine=lambda data: engines.get(bytes(data))),
+        LayerInformationFormat=SimpleNamespace(JSON="json"),
+        TensorIOMode=SimpleNamespace(INPUT="in"),
+        EngineStat=SimpleNamespace(TOTAL_WEIGHTS_SIZE="weights"),
+    )
+    logger = SimpleNamespace(problems=lambda: "it is of another GPU")
+
+    loaded, logged = load_report(trt, logger, tmp_path / "plan"), parse_report(LOG)
+
+    assert dataclasses.replace(loaded, layers=()) == dataclasses.replace(logged, layers=())
+    assert (loaded.fused_attentions, loaded.wide_products) == (1, 1)
+    (tmp_path / "plan").write_bytes(b"other")
+    with pytest.raises(CompilerError, match="on the GPU that it was built on: it is of another GPU"):
+        load_report(trt, logger, tmp_path / "plan")
 
 
 @pytest.mark.parametrize(

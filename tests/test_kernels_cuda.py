@@ -171,7 +171,7 @@ def test_the_tests_for_gpus_pass_on_a_driver_of_host_memory(cuda_host: ctypes.CD
 
     result = subprocess.run(command, env=environment, text=True, capture_output=True)
 
-    assert result.returncode == 0 and "6 passed, 1 skipped" in result.stdout, result.stdout + result.stderr
+    assert result.returncode == 0 and "7 passed, 1 skipped" in result.stdout, result.stdout + result.stderr
 
 
 # ---- errors ----

@@ -47,10 +47,10 @@ def test_the_step_loop_is_the_samplers_definition(pipeline: Pipeline, sampler: s
     """Replays three steps with plain engine calls and plain algebra. 1e-4: float32 rounding over a few steps."""
     generation = pipeline.prepare(request(sampler=sampler, guidance=3.0))
     state = np.stack(generation.state).astype(np.float64)
-    inputs = {name: array.copy() for name, array in generation.steps.inputs.items()}
+    inputs = {name: array.copy() for name, array in generation.loop.steps.inputs.items()}
     for i in range(3):
         inputs["tokens"][:, :, : state.shape[2]] = state[0]
-        inputs["time_features"][:] = generation.steps.time_table[i]
+        inputs["time_features"][:] = generation.loop.steps.time_table[i]
         cond, uncond = pipeline.engines["denoiser"](inputs)["velocity"].astype(np.float64)
         guided = uncond + 3.0 * (cond - uncond)
         state = np.tensordot(generation.schedule.matrices[i], np.concatenate([state, guided[None]]), axes=1)
@@ -80,8 +80,8 @@ def test_noise_is_philox_keyed_by_the_seed(pipeline: Pipeline) -> None:
 
 
 def test_guidance_of_one_runs_one_branch(pipeline: Pipeline) -> None:
-    assert pipeline.prepare(request(guidance=1.0)).steps.inputs["tokens"].shape[0] == 1
-    assert pipeline.prepare(request(guidance=1.5)).steps.inputs["tokens"].shape[0] == 2
+    assert pipeline.prepare(request(guidance=1.0)).loop.steps.inputs["tokens"].shape[0] == 1
+    assert pipeline.prepare(request(guidance=1.5)).loop.steps.inputs["tokens"].shape[0] == 2
 
 
 def test_the_negative_prompt_steers(pipeline: Pipeline) -> None:

@@ -24,18 +24,33 @@ from typing import Any
 
 import numpy as np
 import pytest
-from fake_device import FakeDevice
+from fake_device import FakeDevice, FakeStream
 from fake_tensorrt import RTX, FakeTensorRt, build_plans, spans
 from gpu import acceptance
 from numpy.typing import NDArray
 
-from tubelet.runtime import EMBEDDED, Bundle, Cancelled, Generation, Pipeline, Request, Studio, UserError, targets
+from tubelet.runtime import (
+    EMBEDDED,
+    Bundle,
+    Cancelled,
+    Generation,
+    Pipeline,
+    Request,
+    Studio,
+    UserError,
+    plans,
+    targets,
+    tensorrt,
+)
+from tubelet.runtime.bundle import FileRecord
 from tubelet.runtime.bundle import record as file_record
 from tubelet.runtime.canvas import Canvas
+from tubelet.runtime.device_loop import IDLE, Workspaces
 from tubelet.runtime.loop import Pinned
 from tubelet.runtime.memory import DeviceError
 from tubelet.runtime.plans import Target
 from tubelet.runtime.profiles import Range
+from tubelet.runtime.session import Session
 
 SMALL = Request("a red circle moves right on a white background", width=48, height=48, frames=9, steps=4)
 
@@ -115,25 +130,23 @@ def test_every_task_is_that_of_the_cpu(on_gpu: Pipeline, on_cpu: Pipeline) -> No
         np.testing.assert_array_equal(ours, theirs)
 
 
-def test_a_model_of_one_level_pins_with_noise(machine: Machine, on_cpu: Pipeline) -> None:
+def test_a_model_of_one_level_pins_with_noise(
+    on_gpu: Pipeline, on_cpu: Pipeline, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """Known tokens get their place on the way from noise: other numbers at every step, in the same graph."""
-    steps = on_cpu.prepare(SMALL).steps
-    tokens, values = steps.state.shape[1:]
+    tokens, values = on_cpu.prepare(SMALL).state.shape[1:]
     rng = np.random.default_rng(0)
     clean, noise = rng.standard_normal((2, tokens, values), np.float32)
     pinned = Pinned((np.arange(tokens) % 3 == 0).astype(np.float32), clean, noise)
-    build_plans(machine.bundle, RTX)
 
-    def states(pipeline: Pipeline) -> list[NDArray[Any]]:
-        prepared = pipeline.prepare(SMALL).steps
-        loop = pipeline.engines.loop(dataclasses.replace(prepared, pinned=pinned))
-        for index in range(4):
-            loop.step(index)
-        loop.read()
-        return [prepared.state]
+    def states(pipeline: Pipeline) -> NDArray[Any]:
+        loop = pipeline.engines.loop
+        monkeypatch.setattr(pipeline.engines, "loop", lambda steps: loop(dataclasses.replace(steps, pinned=pinned)))
+        generation = pipeline.prepare(SMALL)
+        pipeline.finish(generation)
+        return generation.state
 
-    with machine.open() as on_gpu:
-        np.testing.assert_array_equal(states(on_gpu), states(on_cpu))
+    np.testing.assert_array_equal(states(on_gpu), states(on_cpu))
 
 
 @pytest.mark.parametrize("stop", [0, 1, 4])
@@ -220,6 +233,45 @@ def test_graphs_are_captured_anew_when_scratch_memory_moves(machine: Machine, on
     assert machine.device.counts["capture"] == 3
 
 
+def test_shapes_that_take_turns_keep_their_graphs(machine: Machine, on_gpu: Pipeline) -> None:
+    """One request at a time, each when the one before is done; in the first round scratch memory grows."""
+    shapes = [SMALL, request(guidance=1.0), request(frames=5), request(width=96, height=96)]
+    for each in shapes * 2:
+        on_gpu.generate(each)
+    captures, allocations = machine.device.counts["capture"], machine.device.counts["allocation"]
+    for each in shapes:
+        on_gpu.step(on_gpu.prepare(each))
+
+    assert machine.device.counts["capture"] == captures
+    per_request = len(("embeddings", "cross_k", "cross_v", "times", "state", "updates"))
+    uploads = 2 * len(shapes)  # ids and mask of a batch of another size
+    assert machine.device.counts["allocation"] - allocations <= len(shapes) * per_request + uploads
+
+
+def test_the_workspace_that_waits_longest_goes_when_memory_is_short(cuda_host: ctypes.CDLL) -> None:
+    device = FakeDevice(cuda_host)
+    dtypes = {"tokens": "fp16", "velocity": "fp16"}
+
+    def shapes(tokens: int) -> dict[str, tuple[int, ...]]:
+        return {"tokens": (1, tokens, 8), "velocity": (1, tokens, 8)}  # 32 bytes a token
+
+    workspaces = Workspaces(Session(device), limit=32 * 400)
+    first, second = (workspaces.take(dtypes, shapes(tokens)) for tokens in (100, 200))
+    assert (first.nbytes, second.nbytes) == (3200, 6400)
+    for each in (first, second):
+        workspaces.give_back(each)
+    places = first.velocity.pointer, second.velocity.pointer
+    del first, second, each
+    third = workspaces.take(dtypes, shapes(150))
+
+    assert places[0] not in device.buffers and places[1] in device.buffers
+    assert workspaces.take(dtypes, shapes(200)).velocity.pointer == places[1]
+    assert third.velocity.pointer in device.buffers
+    for tokens in range(1, 2 * IDLE):
+        workspaces.give_back(workspaces.take(dtypes, shapes(tokens)))
+    assert len(workspaces._idle) == IDLE
+
+
 def test_without_a_graph_steps_are_queued_one_by_one(machine: Machine, on_gpu: Pipeline, on_cpu: Pipeline) -> None:
     machine.device.faults.capture = 0
     generation = on_gpu.prepare(SMALL)
@@ -227,6 +279,28 @@ def test_without_a_graph_steps_are_queued_one_by_one(machine: Machine, on_gpu: P
 
     assert "CUDA_ERROR_STREAM_CAPTURE_INVALIDATED" in generation.loop.eager
     assert machine.device.counts["capture"] == 1
+    np.testing.assert_array_equal(np.concatenate(list(on_gpu.decode(generation))), on_cpu.generate(SMALL))
+
+
+def test_garbage_is_collected_during_a_capture(
+    machine: Machine, on_gpu: Pipeline, on_cpu: Pipeline, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A generation in a reference cycle frees its memory while a step is captured, whose graph has all its work."""
+    garbage = on_gpu.prepare(request(frames=5))
+    garbage.itself = garbage  # type: ignore[attr-defined]
+    state, capture = garbage.loop._state.pointer, FakeStream.capture  # type: ignore[attr-defined]
+    monkeypatch.setattr(FakeStream, "capture", lambda self, work: capture(self, lambda: (work(), gc.collect())))
+    gc.disable()
+    try:
+        del garbage
+        generation = on_gpu.prepare(SMALL)
+        assert state in machine.device.buffers
+        on_gpu.step(generation)
+        assert state not in machine.device.buffers
+    finally:
+        gc.enable()
+    on_gpu.finish(generation)
+
     np.testing.assert_array_equal(np.concatenate(list(on_gpu.decode(generation))), on_cpu.generate(SMALL))
 
 
@@ -267,6 +341,23 @@ def test_kernels_of_a_read_only_bundle_are_kept_at_home(
     assert not list((machine.bundle.folder / "engines").glob("*/.*.part"))
 
 
+def test_a_generation_keeps_one_copy_of_its_keys_and_values(machine: Machine, on_gpu: Pipeline) -> None:
+    """That of its workspace: what the conditioner made is free when the generation is prepared."""
+    generation = on_gpu.prepare(SMALL)
+
+    size = 4 * 6 * 2 * 4 * 16 * 48  # float32 [blocks,B,heads,L,D]
+    assert list(machine.device.buffers.values()).count(size) == len(("cross_k", "cross_v"))
+    on_gpu.finish(generation)
+
+
+def test_warming_up_leaves_no_arrays(machine: Machine, on_gpu: Pipeline) -> None:
+    """The memory plan counts the denoiser's buffers once, as a workspace."""
+    before = set(machine.device.buffers)
+    on_gpu.warm_up()
+
+    assert len(set(machine.device.buffers) - before) == 1  # scratch memory
+
+
 def test_engines_that_do_not_fit_are_loaded_in_turn(machine: Machine, on_cpu: Pipeline) -> None:
     """Weights are claimed: 2.5 GiB of text encoder and 2 of denoiser in 4; interleaving takes turns too."""
     build_plans(machine.bundle, RTX, weights={"text_encoder": 5 << 29, "denoiser": 2 << 30})
@@ -282,6 +373,27 @@ def test_engines_that_do_not_fit_are_loaded_in_turn(machine: Machine, on_cpu: Pi
             on_gpu.finish(generation)
             frames = np.concatenate(list(on_gpu.decode(generation)))
             np.testing.assert_array_equal(frames, on_cpu.generate(request(seed=seed)))
+
+
+def test_plans_are_read_whole_once_and_again_when_they_change(
+    machine: Machine, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    build_plans(machine.bundle, RTX, weights={"text_encoder": 5 << 29, "denoiser": 2 << 30})
+    verified: list[str] = []
+
+    def verify_file(path: Path, expected: FileRecord) -> None:
+        verified.append(path.stem)
+        plans.verify_file(path, expected)
+
+    monkeypatch.setattr(tensorrt, "verify_file", verify_file)
+    with machine.open() as on_gpu:
+        for _ in range(2):
+            on_gpu.generate(SMALL)
+        assert sorted(verified) == sorted(set(verified)) and "text_encoder" in verified
+        (plan,) = (machine.bundle.folder / "engines").glob("*/text_encoder.plan")
+        truncate(plan)
+        with pytest.raises(UserError, match=r"text_encoder\.plan is damaged: it is not what its record says"):
+            on_gpu.generate(SMALL)
 
 
 # ---- what goes wrong ----
@@ -376,6 +488,32 @@ def test_a_plan_that_is_not_for_this_machine_is_refused(
     on_cpu = machine.open("auto")
     assert on_cpu.target.target == "cpu"
     assert re.search(message, str(on_cpu.target))
+
+
+def test_a_runtime_that_cannot_be_made_is_named_and_passed_over(machine: Machine) -> None:
+    build_plans(machine.bundle, RTX)
+    machine.module.broken = True
+    message = "tensorrt_rtx cannot run here: CUDA initialization failure with error: 35; does the NVIDIA driver"
+    with pytest.raises(UserError, match=message):
+        machine.open()
+    on_cpu = machine.open("auto")
+
+    assert on_cpu.target.target == "cpu" and message in str(on_cpu.target)
+
+
+def test_a_module_without_its_libraries_is_named_and_passed_over(
+    machine: Machine, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    build_plans(machine.bundle, RTX)
+    (tmp_path / "tensorrt_rtx.py").write_text("import ctypes; ctypes.CDLL('libtensorrt_rtx.so.0')")
+    monkeypatch.syspath_prepend(tmp_path)
+    monkeypatch.delitem(sys.modules, "tensorrt_rtx")
+    message = r"tensorrt_rtx cannot load its libraries \(libtensorrt_rtx\.so\.0: .*\); install it again"
+    with pytest.raises(UserError, match=message):
+        machine.open()
+    on_cpu = machine.open("auto")
+
+    assert on_cpu.target.target == "cpu" and re.search(message, str(on_cpu.target))
 
 
 def test_another_gpu_and_no_driver_are_named(machine: Machine, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -1,7 +1,8 @@
 // As much of NVIDIA's driver as runtime/cuda.py calls, on host memory and with the kernels as host code: built as
 // libcuda.so.1, it stands for a GPU, so that the tests for GPUs run through cuda-python on any machine.
 //
-// It is strict: queued work waits until the stream is waited for, and every call but the first few needs a context.
+// It is strict: queued work waits until the stream is waited for, every call but the first few needs a context, and a
+// thread that captures a stream in any mode but the relaxed one breaks the capture when it allocates or frees memory.
 #include <dlfcn.h>
 
 #include <cstdint>
@@ -19,13 +20,22 @@
 
 namespace {
 
-enum Result { kSuccess = 0, kInvalidValue = 1, kOutOfMemory = 2, kInvalidContext = 201, kNotFound = 500 };
+enum Result {
+    kSuccess = 0,
+    kInvalidValue = 1,
+    kOutOfMemory = 2,
+    kInvalidContext = 201,
+    kNotFound = 500,
+    kCaptureUnsupported = 900,
+    kCaptureInvalidated = 901
+};
 enum Attribute { kMajor = 75, kMinor = 76 };
+enum CaptureMode { kRelaxed = 2 };
 
 using Work = std::vector<std::function<void()>>;
 struct Stream {
     Work queue;
-    bool capturing = false;
+    bool capturing = false, broken = false;
 };
 
 constexpr size_t kMemory = size_t(1) << 28, kAlignment = 256;
@@ -33,6 +43,7 @@ std::map<uintptr_t, size_t> buffers;
 std::vector<std::string> symbols;  // kernels that were asked for; a handle is 1 + the index
 int context;
 thread_local void* current = nullptr;
+thread_local Stream* strict = nullptr;  // that this thread captures, in another mode than the relaxed one
 
 size_t used() {
     size_t sum = 0;
@@ -43,6 +54,12 @@ size_t used() {
 bool inside(uintptr_t address, size_t size) {
     const auto after = buffers.upper_bound(address);
     return after != buffers.begin() && address + size <= std::prev(after)->first + std::prev(after)->second;
+}
+
+// Whether the thread captures a stream that a call like this one breaks, and with it the capture.
+bool breaks_capture() {
+    if (strict) strict->broken = true;
+    return strict;
 }
 
 Result enqueue(Stream* stream, std::function<void()> work) {
@@ -83,6 +100,7 @@ EXPORT int cuMemGetInfo(size_t* free, size_t* total) {
 EXPORT int cuMemAlloc(uintptr_t* address, size_t size) {
     if (current != &context) return kInvalidContext;
     if (size == 0) return kInvalidValue;
+    if (breaks_capture()) return kCaptureUnsupported;
     if (size > kMemory - used()) return kOutOfMemory;
     void* memory = nullptr;
     if (posix_memalign(&memory, kAlignment, size)) return kOutOfMemory;
@@ -92,6 +110,7 @@ EXPORT int cuMemAlloc(uintptr_t* address, size_t size) {
 }
 
 EXPORT int cuMemFree(uintptr_t address) {
+    if (breaks_capture()) return kCaptureUnsupported;
     if (current != &context || !buffers.erase(address)) return kInvalidValue;
     std::free(reinterpret_cast<void*>(address));
     return kSuccess;
@@ -103,7 +122,7 @@ EXPORT int cuStreamDestroy(Stream* stream) { return delete stream, kSuccess; }
 
 EXPORT int cuStreamSynchronize(Stream* stream) {
     if (current != &context) return kInvalidContext;
-    if (stream->capturing) return kInvalidValue;
+    if (stream->capturing) return stream->broken = true, kCaptureUnsupported;
     for (const auto& work : stream->queue) work();
     stream->queue.clear();
     return kSuccess;
@@ -153,14 +172,18 @@ EXPORT int cuLaunchKernel(uintptr_t function, unsigned gx, unsigned gy, unsigned
     });
 }
 
-EXPORT int cuStreamBeginCapture(Stream* stream, int) {
+EXPORT int cuStreamBeginCapture(Stream* stream, int mode) {
     if (!stream->queue.empty()) cuStreamSynchronize(stream);
+    if (mode != kRelaxed) strict = stream;
     return stream->capturing = true, kSuccess;
 }
 
 EXPORT int cuStreamEndCapture(Stream* stream, Work** graph) {
-    *graph = new Work(std::exchange(stream->queue, {}));
-    return stream->capturing = false, kSuccess;
+    Work captured = std::exchange(stream->queue, {});
+    strict = nullptr;
+    stream->capturing = false;
+    if (std::exchange(stream->broken, false)) return *graph = nullptr, kCaptureInvalidated;
+    return *graph = new Work(std::move(captured)), kSuccess;
 }
 
 EXPORT int cuGraphInstantiateWithFlags(Work** executable, const Work* graph, unsigned long long) {

@@ -1,7 +1,7 @@
 """The CUDA kernels on a GPU, through the driver: the checks that `tests/test_kernels_cuda.py` runs on the host.
 
 Proves, where there is a GPU: parity with NumPy, bit for bit but for the rotary table's last unit; more than 2^31
-elements; a captured graph replays. Skipped elsewhere.
+elements; a captured graph replays, also where memory was freed during the capture. Skipped elsewhere.
 
 Run: pytest -m gpu tests/gpu
 """
@@ -91,3 +91,21 @@ def test_a_captured_step_replays(device: CudaDevice) -> None:
             for _ in range(3):
                 graph.launch(stream)
             np.testing.assert_array_equal(x.to_host(stream), np.full((6, 8), 4))
+
+
+def test_memory_may_be_freed_during_a_capture(device: CudaDevice) -> None:
+    """As a garbage collection does, whenever it likes."""
+    with device.stream() as stream:
+        x = DeviceArray.from_host(np.zeros(8, F32), stream)
+        source, garbage = DeviceArray.from_host(np.ones(8, F32), stream), DeviceArray.empty(device, (1 << 20,), F32)
+        free = device.memory().free
+
+        def work() -> None:
+            garbage.close()
+            x.copy_from(source, stream)
+
+        with stream.capture(work) as graph:
+            np.testing.assert_array_equal(x.to_host(stream), 0)
+            assert device.memory().free >= free + garbage.nbytes
+            graph.launch(stream)
+            np.testing.assert_array_equal(x.to_host(stream), 1)
