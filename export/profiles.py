@@ -217,13 +217,16 @@ def _components(
     chunks = tuple({**picture, "t": Range(1, CHUNK, CHUNK)} for picture in first)
     profiles = {
         "text_encoder": text,
-        "conditioner": text,
-        "denoiser": tuple({**profile, "L": length} for profile in tokens),
+        **{f"conditioner{expert}": text for expert in spec.experts},
+        **{f"denoiser{expert}": tuple({**profile, "L": length} for profile in tokens) for expert in spec.experts},
         "vae_decoder_first": first,
         "vae_decoder": chunks,
         "vae_encoder_first": first,
         "vae_encoder": chunks,
     }
+    if spec.image_encoder is not None:
+        profiles["image_encoder"] = ({"B": Range(1, 1, spec.pictures)},)
+        profiles["image_conditioner"] = ({"B": _rows(spec, served)},)
     if spec.captioner is not None:
         beams = Range(1, 1, MAX_BEAMS)
         profiles["captioner_memory"] = tuple({"B": one, "N": profile["N"]} for profile in tokens)

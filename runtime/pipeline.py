@@ -39,7 +39,7 @@ class Pipeline:
 
     def __init__(self, bundle: Bundle, engines: Engines, target: Choice):
         self.bundle, self.spec, self.engines, self.target = bundle, bundle.spec, engines, target
-        self.tokenizer = PromptTokenizer.from_file(bundle.path(TOKENIZER), self.spec.text_encoder.length)
+        self.tokenizer = PromptTokenizer.from_file(bundle.path(TOKENIZER), self.spec.text_encoder)
 
     @classmethod
     def open(cls, bundle: str | Path | Bundle, target: str = AUTO, threads: int | None = None) -> Pipeline:

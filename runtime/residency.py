@@ -18,8 +18,10 @@ from .plans import PlanRecord
 
 RESERVED = 1 << 29  # bytes for contexts, the code of kernels and the sampler's state
 PARTS = {
-    "text encoder": ("text_encoder", "conditioner"),
+    "text encoder": ("text_encoder", "conditioner", "conditioner_low"),
+    "image encoder": ("image_encoder", "image_conditioner"),
     "denoiser": ("denoiser",),
+    "denoiser for low noise": ("denoiser_low",),
     "VAE": ("vae_decoder_first", "vae_decoder", "vae_encoder_first", "vae_encoder"),
     "captioner": ("captioner_memory", "captioner"),
 }

@@ -26,10 +26,51 @@ class TextEncoderSpec:
     buckets: int
     max_distance: int
     length: int  # tokens after padding; the cross-attention always sees this many
+    cleaned: bool  # prompts are cleaned before they are cut into tokens, as those of training were: see `text.clean`
 
     def __post_init__(self) -> None:
         require_positive(self, "text_encoder")
         require(self.buckets % 4 == 0, f"text_encoder.buckets must be a multiple of 4, is {self.buckets}")
+
+
+@dataclass(frozen=True)
+class ImageEncoderSpec:
+    """Vision transformer as in CLIP: a class token before the patches, norms before attention and FFN."""
+
+    size: int  # pixels, both sides
+    patch: int
+    width: int
+    depth: int
+    heads: int
+    ffn_width: int
+
+    def __post_init__(self) -> None:
+        require_positive(self, "image_encoder")
+        require(
+            self.size % self.patch == 0,
+            f"image_encoder.size {self.size} must be a multiple of image_encoder.patch {self.patch}",
+        )
+        require(
+            self.width % self.heads == 0,
+            f"image_encoder.width {self.width} must be a multiple of image_encoder.heads {self.heads}",
+        )
+
+    @property
+    def tokens(self) -> int:
+        """Of one picture: its patches and the class token."""
+        return 1 + (self.size // self.patch) ** 2
+
+
+@dataclass(frozen=True)
+class ImageAttentionSpec:
+    """A second cross-attention, to the image encoder's tokens."""
+
+    width: int  # the image encoder's
+    tokens: int  # M: of all pictures that are shown
+    positions: bool  # learned positions tell the pictures apart
+
+    def __post_init__(self) -> None:
+        require_positive(self, "denoiser.image")
 
 
 @dataclass(frozen=True)
@@ -48,9 +89,16 @@ class DenoiserSpec:
     coordinates: bool  # tokens carry coordinate columns after the latent values
     pooled_text: bool  # mean text value joins the time embedding
     two_levels: bool  # trained with clean known tokens beside noisy ones: the graph has a `known` input
+    mask_channels: int  # 0; or tokens carry the given frames' latents after a mask, a channel for each of their frames
+    image: ImageAttentionSpec | None
+    channels_last: bool  # the last layer writes a token as (row, column, channel); tokens are (channel, row, column)
 
     def __post_init__(self) -> None:
-        require_positive(self, "denoiser")
+        require_positive(self, "denoiser", but=("mask_channels",))
+        require(self.mask_channels >= 0, f"denoiser.mask_channels must not be below 0, is {self.mask_channels}")
+        require(
+            not (self.two_levels and self.mask_channels), "denoiser.two_levels and denoiser.mask_channels are two routes"
+        )
         require(
             self.width % (2 * self.heads) == 0,
             f"denoiser.width {self.width} must be a multiple of twice denoiser.heads {self.heads}",
@@ -69,9 +117,23 @@ class DenoiserSpec:
         return self.latent_channels * pt * ph * pw
 
     @property
+    def shown_channels(self) -> int:
+        """Channels, packed as the latent, that say what is given: a mask and latents; 0 where there are none."""
+        return self.mask_channels + self.latent_channels if self.mask_channels else 0
+
+    @property
     def token_inputs(self) -> int:
-        """P_in: latent values and conditioning columns in one token."""
-        return self.token_values + (COORDINATE_COLUMNS if self.coordinates else 0)
+        """P_in: latent values, what is given, and coordinate columns in one token."""
+        _, ph, pw = self.patch
+        return self.token_values + self.shown_channels * ph * pw + (COORDINATE_COLUMNS if self.coordinates else 0)
+
+    @property
+    def route(self) -> str:
+        """How the model learns of known tokens: by their noise level, by channels beside them, or not at all.
+
+        With "renoise" known tokens are set to the level of the others at every step.
+        """
+        return "levels" if self.two_levels else "channels" if self.mask_channels else "renoise"
 
 
 COORDINATE_COLUMNS = 17  # see geometry.coordinate_columns
@@ -164,6 +226,7 @@ class Defaults:
     frames: int
     steps: int
     guidance: float
+    guidance_low: float | None  # of the expert for low noise; None: as `guidance`
     sampler: str
     shift: float
     negative_prompt: str
@@ -177,7 +240,9 @@ class ModelSpec:
     fps: int
     max_tokens: int  # largest N the denoiser accepts
     text_encoder: TextEncoderSpec
+    image_encoder: ImageEncoderSpec | None
     denoiser: DenoiserSpec
+    boundary: float | None  # noise level, 0 to 1, below which another denoiser of the same spec takes over
     vae: VaeSpec
     captioner: CaptionerSpec | None
     defaults: Defaults
@@ -193,6 +258,26 @@ class ModelSpec:
             self.denoiser.text_width == self.text_encoder.width,
             f"denoiser.text_width {self.denoiser.text_width} differs from text_encoder.width {self.text_encoder.width}",
         )
+        require(
+            self.boundary is None or self.boundary < 1, f"boundary must be a noise level below 1, is {self.boundary}"
+        )
+        if self.denoiser.mask_channels:
+            require(
+                self.denoiser.mask_channels == self.vae.temporal_factor,
+                f"denoiser.mask_channels {self.denoiser.mask_channels} differs from the VAE's "
+                f"{self.vae.temporal_factor} frames of a latent frame",
+            )
+        require(
+            (self.image_encoder is None) == (self.denoiser.image is None),
+            "image_encoder and denoiser.image must both be there, or neither",
+        )
+        if self.image_encoder is not None and self.denoiser.image is not None:
+            image, encoder = self.denoiser.image, self.image_encoder
+            require(
+                image.width == encoder.width and image.tokens % encoder.tokens == 0,
+                f"denoiser.image reads {image.tokens} tokens of width {image.width}, the image encoder writes "
+                f"{encoder.tokens} a picture, of width {encoder.width}",
+            )
         if self.captioner is not None:
             require(
                 self.captioner.token_values == self.denoiser.token_values,
@@ -204,6 +289,18 @@ class ModelSpec:
                 f"captioner.vocabulary {self.captioner.vocabulary} differs from "
                 f"text_encoder.vocabulary {self.text_encoder.vocabulary}",
             )
+
+    @property
+    def experts(self) -> tuple[str, ...]:
+        """What is added to the names of a denoiser and its conditioners, from high noise to low."""
+        return ("", "_low") if self.boundary is not None else ("",)
+
+    @property
+    def pictures(self) -> int:
+        """How many pictures the image encoder shows to the denoiser."""
+        if self.image_encoder is None or self.denoiser.image is None:
+            return 0
+        return self.denoiser.image.tokens // self.image_encoder.tokens
 
     def to_json(self) -> dict[str, Any]:
         return dataclasses.asdict(self)
