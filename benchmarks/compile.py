@@ -89,6 +89,8 @@ def spec_of(size: str) -> ModelSpec:
             decoder_blocks=1,
             latent_mean=(0.0,) * 16,
             latent_std=(1.0,) * 16,
+            chunk=4,
+            tile=1024,
         ),
         captioner=None,
         defaults=Defaults(832, 480, 81, 50, 5.0, guidance_low=None, sampler="unipc", shift=5.0, negative_prompt=""),

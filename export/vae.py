@@ -9,69 +9,17 @@ the same arithmetic as decoding whole.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Sequence
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from tubelet.runtime.spec import VaeSpec
+from tubelet.runtime.spec import VaeSpec, WanVaeSpec
 
-
-class History:
-    """Threads the causal caches through one pass, in the order in which the layers run.
-
-    `first` is a pass without a past; its caches are zeros, which is causal padding.
-    """
-
-    def __init__(self, past: Sequence[Tensor] | None):
-        self.first = past is None
-        self._past: Iterator[Tensor] = iter(past or ())
-        self.next: list[Tensor] = []
-
-    def extend(self, x: Tensor, frames: int) -> Tensor:
-        """Prepends the last `frames` frames of the past to `x` and remembers the last ones of the result."""
-        b, c, _, h, w = x.shape
-        past = x.new_zeros(b, c, frames, h, w) if self.first else next(self._past)
-        x = torch.cat([past, x], dim=2)
-        self.next.append(x[:, :, -frames:])
-        return x
-
-
-class CausalConv3d(nn.Conv3d):
-    """3D convolution that sees the present and the past; time is padded by History."""
-
-    def __init__(self, channels_in: int, channels_out: int, kernel: int):
-        super().__init__(channels_in, channels_out, kernel, padding=(0, kernel // 2, kernel // 2))
-
-    def forward(self, x: Tensor, history: History) -> Tensor:  # type: ignore[override]
-        return super().forward(history.extend(x, self.kernel_size[0] - 1))
-
-
-class ChannelNorm(nn.Module):
-    """RMS-norm over channels."""
-
-    def __init__(self, channels: int):
-        super().__init__()
-        self.gamma = nn.Parameter(torch.ones(channels, 1, 1, 1))
-
-    def forward(self, x: Tensor) -> Tensor:
-        return x * torch.rsqrt(x.square().mean(dim=1, keepdim=True) + 1e-12) * self.gamma
-
-
-class ResidualBlock(nn.Module):
-    def __init__(self, channels_in: int, channels_out: int):
-        super().__init__()
-        self.norm1 = ChannelNorm(channels_in)
-        self.conv1 = CausalConv3d(channels_in, channels_out, 3)
-        self.norm2 = ChannelNorm(channels_out)
-        self.conv2 = CausalConv3d(channels_out, channels_out, 3)
-        self.shortcut = nn.Identity() if channels_in == channels_out else nn.Conv3d(channels_in, channels_out, 1)
-
-    def forward(self, x: Tensor, history: History) -> Tensor:
-        y = self.conv1(F.silu(self.norm1(x)), history)
-        y = self.conv2(F.silu(self.norm2(y)), history)
-        return self.shortcut(x) + y
+from .causal import CausalConv3d, ChannelNorm, History, ResidualBlock, average, duplicate
+from .wan_vae import WanDecoder, WanEncoder
 
 
 class Stage(nn.ModuleList):
@@ -101,7 +49,7 @@ class Downsample(nn.Module):
             past = history.extend(y, 1)
             y = y if history.first else self.time(past)
         frames = 2 if self.time is not None and not history.first else 1
-        return y + _average(x, frames, self.channels_out)
+        return y + average(x, frames, 2, self.channels_out)
 
 
 class Upsample(nn.Module):
@@ -124,22 +72,7 @@ class Upsample(nn.Module):
                 y = self.time(past).reshape(b, 2, c, t, h, w).permute(0, 2, 3, 1, 4, 5).reshape(b, c, 2 * t, h, w)
         y = self.spatial(F.interpolate(y, scale_factor=(1.0, 2.0, 2.0), mode="nearest"))
         frames = 2 if self.time is not None and not history.first else 1
-        return y + _duplicate(x, frames, self.channels_out)
-
-
-def _average(x: Tensor, frames: int, channels_out: int) -> Tensor:
-    """[B,C,T,H,W] -> [B,channels_out,T/frames,H/2,W/2] by averaging groups of the values folded into channels."""
-    b, c, t, h, w = x.shape
-    x = x.reshape(b, c, t // frames, frames, h // 2, 2, w // 2, 2).permute(0, 1, 3, 5, 7, 2, 4, 6)
-    return x.reshape(b, channels_out, (c * frames * 4) // channels_out, t // frames, h // 2, w // 2).mean(dim=2)
-
-
-def _duplicate(x: Tensor, frames: int, channels_out: int) -> Tensor:
-    """[B,C,T,H,W] -> [B,channels_out,T*frames,2H,2W] by repeating channels, then unfolding them into space and time."""
-    b, c, t, h, w = x.shape
-    x = x.repeat_interleave((channels_out * frames * 4) // c, dim=1)
-    x = x.reshape(b, channels_out, frames, 2, 2, t, h, w).permute(0, 1, 5, 2, 6, 3, 7, 4)
-    return x.reshape(b, channels_out, t * frames, 2 * h, 2 * w)
+        return y + duplicate(x, frames, 2, self.channels_out)
 
 
 class Encoder(nn.Module):
@@ -196,6 +129,12 @@ class Decoder(nn.Module):
         return x.reshape(b, 3, p, p, t, h, w).permute(0, 1, 4, 5, 2, 6, 3).reshape(b, 3, t, h * p, w * p)
 
 
+HALVES: dict[type[VaeSpec], tuple[Callable[[Any], nn.Module], Callable[[Any], nn.Module]]] = {
+    VaeSpec: (Encoder, Decoder),
+    WanVaeSpec: (WanEncoder, WanDecoder),
+}
+
+
 class Vae(nn.Module):
     """Both halves, and the normalisation of latents that the denoiser sees: (mean - latent_mean) / latent_std."""
 
@@ -204,8 +143,8 @@ class Vae(nn.Module):
 
     def __init__(self, spec: VaeSpec):
         super().__init__()
-        self.encoder = Encoder(spec)
-        self.decoder = Decoder(spec)
+        encoder, decoder = HALVES[type(spec)]
+        self.encoder, self.decoder = encoder(spec), decoder(spec)
         shape = (spec.latent_channels, 1, 1, 1)
         self.register_buffer("latent_mean", torch.tensor(spec.latent_mean).reshape(shape))
         self.register_buffer("latent_std", torch.tensor(spec.latent_std).reshape(shape))

@@ -139,6 +139,9 @@ class DenoiserSpec:
 COORDINATE_COLUMNS = 17  # see geometry.coordinate_columns
 
 
+SMALLEST_TILE = 4  # latent pixels a side, see tiles.py
+
+
 @dataclass(frozen=True)
 class VaeSpec:
     """Causal 3D-convolution VAE: 1 + temporal_factor * k frames are 1 + k latent frames."""
@@ -151,9 +154,16 @@ class VaeSpec:
     decoder_blocks: int
     latent_mean: tuple[float, ...]
     latent_std: tuple[float, ...]
+    chunk: int  # most latent frames that the graphs see at a time
+    tile: int  # longest side, in pixels, that they see at a time; a larger picture is cut into tiles
 
     def __post_init__(self) -> None:
         require_positive(self, "vae", but=("latent_mean",))
+        require(
+            self.tile >= SMALLEST_TILE * self.spatial_factor,
+            f"vae.tile must be at least {SMALLEST_TILE * self.spatial_factor} pixels, "
+            f"{SMALLEST_TILE} latent ones, is {self.tile}",
+        )
         require(
             len(self.temporal) == len(self.widths) - 1,
             f"vae.temporal needs {len(self.widths) - 1} entries, one less than vae.widths, has {len(self.temporal)}",
@@ -177,6 +187,21 @@ class VaeSpec:
     @property
     def temporal_factor(self) -> int:
         return 2 ** sum(self.temporal)
+
+
+@dataclass(frozen=True)
+class WanVaeSpec(VaeSpec):
+    """The VAEs of Wan 2.1 and 2.2: attention at the coarsest resolution, and channels that change in residual blocks."""
+
+    decoder_widths: tuple[int, ...]  # as widths, which are the encoder's
+    shortcuts: bool  # averaging and duplicating ways around each resolution; without, upsampling halves channels
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        require(
+            len(self.decoder_widths) == len(self.widths),
+            f"vae.decoder_widths needs {len(self.widths)} entries, as vae.widths, has {len(self.decoder_widths)}",
+        )
 
 
 @dataclass(frozen=True)
@@ -243,7 +268,7 @@ class ModelSpec:
     image_encoder: ImageEncoderSpec | None
     denoiser: DenoiserSpec
     boundary: float | None  # noise level, 0 to 1, below which another denoiser of the same spec takes over
-    vae: VaeSpec
+    vae: VaeSpec | WanVaeSpec
     captioner: CaptionerSpec | None
     defaults: Defaults
 

@@ -40,7 +40,7 @@ WAN = DenoiserSpec(
 TEXT = TextEncoderSpec(
     vocabulary=50, width=32, depth=3, heads=4, head_size=8, ffn_width=64, buckets=8, max_distance=20, length=12
 )
-VAE = VaeSpec(4, 2, (8, 16, 16), (True, True), 1, 2, (0.1, 0.0, -0.2, 0.0), (1.0, 1.5, 0.5, 2.0))
+VAE = VaeSpec(4, 2, (8, 16, 16), (True, True), 1, 2, (0.1, 0.0, -0.2, 0.0), (1.0, 1.5, 0.5, 2.0), 4, 256)
 
 
 def randomise(module: nn.Module) -> None:

@@ -26,6 +26,8 @@ def vae_spec(
         decoder_blocks=2,
         latent_mean=tuple(mean),
         latent_std=tuple(std),
+        chunk=4,
+        tile=4096,
     )
 
 
