@@ -57,8 +57,10 @@ def build(source: Path, output: Path, copy: bool = False, on_stage: Report = lam
     except OSError as error:
         raise UserError(f"cannot write to {output.parent}: {error.strerror}; choose a writable folder") from error
     try:
+        checkpoint = checkpoint.materialised(partial)
         for name, path in checkpoint.files.items():
-            _place(path, partial / name, copy)
+            if path.parent != partial:
+                _place(path, partial / name, copy)
         shutil.copyfile(checkpoint.tokenizer, partial / TOKENIZER)
         graphs = write_graphs(checkpoint, partial, on_stage)
         on_stage("measure parity")
@@ -113,9 +115,7 @@ def _records(folder: Path, on_stage: Report) -> dict[str, FileRecord]:
     return files
 
 
-def write_graphs(
-    checkpoint: Checkpoint, folder: Path, on_stage: Report = lambda stage: None
-) -> dict[str, Component]:
+def write_graphs(checkpoint: Checkpoint, folder: Path, on_stage: Report = lambda stage: None) -> dict[str, Component]:
     """Traces every component into `folder`; needs memory for graphs, not for weights."""
     with torch.device("meta"):
         modules = build_modules(checkpoint.spec)
@@ -129,7 +129,9 @@ def write_graphs(
         on_stage(f"hash the weights of {component.name}")
         for name in weights.keys() - digests.keys():
             stored = checkpoint.tensors[name]
-            digests[name] = f"{name} {stored.dtype} {list(stored.shape)} {digest(checkpoint.files[stored.file], stored)}"
+            digests[name] = (
+                f"{name} {stored.dtype} {list(stored.shape)} {digest(checkpoint.files[stored.file], stored)}"
+            )
         written[component.name] = Component(
             graph=f"{component.name}.onnx",
             graph_digest=_graph_digest(model),

@@ -13,8 +13,8 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Mapping
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 import numpy as np
@@ -27,12 +27,21 @@ from tubelet.runtime.spec import ModelSpec
 from tubelet.runtime.text import PromptTokenizer
 
 from .components import build_modules
-from .storage import StoredTensor, read_header, read_values
+from .storage import StoredTensor, read_header, read_values, write_tensors
 
-SPEC = "spec.json"
+SPEC, MADE = "spec.json", "made.safetensors"
 LISTED = 40  # names in a message; the rest is counted
 
 Shapes = Mapping[str, tuple[int, ...]]
+
+
+@dataclass(frozen=True)
+class Made:
+    """A parameter that no file holds as it is needed."""
+
+    dtype: str  # safetensors' name
+    shape: tuple[int, ...]
+    compute: Callable[[], Tensor]  # in that type and shape
 
 
 @dataclass(frozen=True)
@@ -44,6 +53,7 @@ class Checkpoint:
     tensors: Mapping[str, StoredTensor]  # by our names
     files: Mapping[str, Path]  # those that hold tensors, by their names in the bundle
     tokenizer: Path
+    made: Mapping[str, Made] = field(default_factory=dict)  # in the place of tensors, by our names
 
     @classmethod
     def open(cls, folder: Path) -> Checkpoint:
@@ -67,6 +77,19 @@ class Checkpoint:
             if not np.allclose(stored, wanted, rtol=1e-2, atol=1e-2):  # the file's may be rounded to bfloat16
                 raise UserError(f"vae.{name} is {stored} in {folder / WEIGHTS}, but {list(wanted)} in {SPEC}")
         return checkpoint
+
+    def materialised(self, folder: Path) -> Checkpoint:
+        """The same with what is made in a file of its own, MADE in `folder`, written one tensor at a time."""
+        if not self.made:
+            return self
+        write_tensors(folder / MADE, {name: (m.dtype, m.shape) for name, m in self.made.items()}, self._compute)
+        tensors = {**self.tensors, **read_header(folder / MADE)}
+        used = {tensor.file for tensor in tensors.values()}
+        files = {name: path for name, path in {**self.files, MADE: folder / MADE}.items() if name in used}
+        return replace(self, tensors=tensors, files=files, made={})
+
+    def _compute(self, name: str) -> Tensor:
+        return self.made[name].compute()
 
     def read(self, name: str) -> Tensor:
         """A parameter's values, in its stored type."""

@@ -49,9 +49,7 @@ def shortened(spec: ModelSpec) -> ModelSpec:
 @contextmanager
 def weights_of(checkpoint: Checkpoint, module: nn.Module, prefix: str) -> Iterator[None]:
     """Gives a module on the meta device the checkpoint's weights, in float32, for a while."""
-    module.load_state_dict(
-        {name: checkpoint.read(prefix + name).float() for name in module.state_dict()}, assign=True
-    )
+    module.load_state_dict({name: checkpoint.read(prefix + name).float() for name in module.state_dict()}, assign=True)
     try:
         yield
     finally:

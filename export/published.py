@@ -123,7 +123,10 @@ def _part(folder: Path, name: str) -> Part:
     inside = folder / name
     config = _json(inside / "config.json") if (inside / "config.json").is_file() else {}
     for stem in STEMS:
-        index, shards = inside / f"{stem}.safetensors.index.json", sorted(inside.glob(f"{stem}-?????-of-?????.safetensors"))
+        index, shards = (
+            inside / f"{stem}.safetensors.index.json",
+            sorted(inside.glob(f"{stem}-?????-of-?????.safetensors")),
+        )
         if index.is_file():
             return _indexed(inside, index, config, name)
         paths = [inside / f"{stem}.safetensors"] if (inside / f"{stem}.safetensors").is_file() else shards

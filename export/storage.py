@@ -11,7 +11,7 @@ import json
 import math
 import pickle
 import struct
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -119,3 +119,19 @@ def digest(path: Path, stored: StoredTensor) -> str:
             found.update(block)
             left -= len(block)
     return found.hexdigest()
+
+
+def write_tensors(
+    path: Path, layout: Mapping[str, tuple[str, tuple[int, ...]]], compute: Callable[[str], Tensor]
+) -> None:
+    """Writes a safetensors file of these types and shapes, asking for one tensor's values at a time."""
+    header, end = {}, 0
+    for name, (dtype, shape) in layout.items():
+        begin, end = end, end + ITEM_BYTES[dtype] * math.prod(shape)
+        header[name] = {"dtype": dtype, "shape": list(shape), "data_offsets": [begin, end]}
+    text = json.dumps(header).encode()
+    text += b" " * (-len(text) % 8)
+    with path.open("wb") as file:
+        file.write(struct.pack("<Q", len(text)) + text)
+        for name in layout:
+            file.write(compute(name).contiguous().view(torch.uint8).numpy().tobytes())

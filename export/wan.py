@@ -8,9 +8,11 @@ config, which both have; what a request means where it is silent comes from `FAM
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Collection, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
+
+import torch
 
 from tubelet.runtime.errors import UserError
 from tubelet.runtime.spec import (
@@ -20,18 +22,20 @@ from tubelet.runtime.spec import (
     ImageEncoderSpec,
     ModelSpec,
     TextEncoderSpec,
+    WanVaeSpec,
 )
 from tubelet.runtime.strict import require
 from tubelet.runtime.text import PromptTokenizer
 
 from . import wan_vae_names
-from .checkpoint import Checkpoint, match, parameters
+from .checkpoint import Checkpoint, Made, match, parameters
 from .published import Part, Release, read_release
 from .storage import StoredTensor
 from .wan_names import IMAGE_ENCODER, TEXT_ENCODER, TRANSFORMER, Layout, Names
 
 TEXT_LENGTH, TEXT_DISTANCE = 512, 128  # tokens; where T5's relative positions end
 CLIP_HEAD = 80  # values of a head of ViT-H
+VAE_LAYOUTS = {Layout.DIFFUSERS: "diffusers", Layout.ORIGINAL: "release"}
 NEGATIVE = (
     "色调艳丽，过曝，静态，细节模糊不清，字幕，风格，作品，画作，画面，静止，整体发灰，最差质量，低质量，JPEG压缩残留，"
     "丑陋的，残缺的，多余的手指，画得不好的手部，画得不好的脸部，畸形的，毁容的，形态畸形的肢体，手指融合，静止不动的画面，"
@@ -50,7 +54,9 @@ class Family:
     defaults: Defaults
 
 
-def _defaults(size: tuple[int, int], frames: int, steps: int, guidance: float, low: float | None, shift: float) -> Defaults:
+def _defaults(
+    size: tuple[int, int], frames: int, steps: int, guidance: float, low: float | None, shift: float
+) -> Defaults:
     return Defaults(*size, frames, steps, guidance, low, "unipc", shift, NEGATIVE)
 
 
@@ -79,34 +85,51 @@ def open_wan(folder: Path) -> Checkpoint:
     tensors: dict[str, StoredTensor] = {}
     files: dict[str, Path] = {}
     problems = []
-    for owned, part, names, depth in _parts(release, spec):
-        ours = {name: shape for name, shape in expected.items() if name.split(".")[0] in owned}
-        plain = {name: name.replace("_low.", ".", 1) for name in ours}
-        sources = names.sources(plain.values(), release.layout, depth)
-        ignored = names.ignored(release.layout, depth)
+    made = normalisation(spec)
+    for part, ours, sources, unused in _parts(release, spec, expected.keys() - made.keys()):
+        shapes = {name: expected[name] for name in ours}
         try:
-            tensors |= match(part.found, ours, {n: sources[p] for n, p in plain.items()}, ignored, str(part.folder))
+            tensors |= match(part.found, shapes, sources, unused, str(part.folder))
         except UserError as error:
             problems.append(str(error))
         used = {tensors[name].file for name in ours if name in tensors}
         files |= {name: path for name, path in part.files.items() if name in used}
     if problems:
         raise UserError("; ".join(problems))
-    return Checkpoint(folder, spec, tensors, files, release.tokenizer)
+    return Checkpoint(folder, spec, tensors, files, release.tokenizer, made)
 
 
-def _parts(release: Release, spec: ModelSpec) -> list[tuple[set[str], Part, Names, int]]:
-    """Each part's modules, its tensors, what these are called, and its number of blocks."""
-    parts = [
-        ({f"{name}{expert}" for name in ("denoiser", "conditioner", "image_conditioner")}, part, TRANSFORMER, spec.denoiser.depth)
-        for expert, part in zip(spec.experts, release.transformers, strict=True)
-    ]
-    parts.append(({"text_encoder"}, release.text_encoder, TEXT_ENCODER, spec.text_encoder.depth))
-    parts.append(({"vae"}, release.vae, wan_vae_names.names(spec.vae), 1))
-    if spec.image_encoder is not None:
-        assert release.image_encoder is not None
-        parts.append(({"image_encoder"}, release.image_encoder, IMAGE_ENCODER, spec.image_encoder.depth))
-    return parts
+def normalisation(spec: ModelSpec) -> dict[str, Made]:
+    """The VAE's normalisation of latents, which is in the spec and in no file."""
+
+    def made(values: tuple[float, ...]) -> Made:
+        shape = (len(values), 1, 1, 1)
+        return Made("F32", shape, lambda: torch.tensor(values).reshape(shape))
+
+    return {"vae.latent_mean": made(spec.vae.latent_mean), "vae.latent_std": made(spec.vae.latent_std)}
+
+
+Placed = tuple[Part, list[str], dict[str, str], tuple[str, ...]]  # tensors, our names, theirs by ours, what is not read
+
+
+def _parts(release: Release, spec: ModelSpec, expected: Collection[str]) -> Iterator[Placed]:
+    """Each part of a release, and what of ours it holds."""
+
+    def named(part: Part, names: Names, depth: int, *owners: str, expert: str = "") -> Placed:
+        ours = [name for name in expected if name.split(".")[0] in {f"{owner}{expert}" for owner in owners}]
+        plain = {name: name.replace(f"{expert}.", ".", 1) for name in ours}
+        theirs = names.sources(plain.values(), release.layout, depth)
+        return part, ours, {name: theirs[plain[name]] for name in ours}, names.ignored(release.layout, depth)
+
+    for expert, part in zip(spec.experts, release.transformers, strict=True):
+        owners = ("denoiser", "conditioner", "image_conditioner")
+        yield named(part, TRANSFORMER, spec.denoiser.depth, *owners, expert=expert)
+    yield named(release.text_encoder, TEXT_ENCODER, spec.text_encoder.depth, "text_encoder")
+    if spec.image_encoder is not None and release.image_encoder is not None:
+        yield named(release.image_encoder, IMAGE_ENCODER, spec.image_encoder.depth, "image_encoder")
+    vae = wan_vae_names.published(spec.vae, VAE_LAYOUTS[release.layout])
+    sources = {f"vae.{name}": theirs.name for name, theirs in vae.items()}
+    yield release.vae, list(sources), sources, ()
 
 
 def model_spec(release: Release) -> ModelSpec:
@@ -127,7 +150,7 @@ def model_spec(release: Release) -> ModelSpec:
         image_encoder=image,
         denoiser=first,
         boundary=boundary,
-        vae=wan_vae_names.spec(release.vae, release.layout),
+        vae=vae_spec(release),
         captioner=None,
         defaults=family.defaults,
     )
@@ -189,6 +212,13 @@ def text_encoder_spec(release: Release) -> TextEncoderSpec:
         length=TEXT_LENGTH,
         cleaned=True,
     )
+
+
+def vae_spec(release: Release) -> WanVaeSpec:
+    if release.layout == Layout.DIFFUSERS:
+        return wan_vae_names.vae_spec(release.vae.config)
+    shapes = {name: stored.shape for name, stored in release.vae.found.items()}
+    return wan_vae_names.release_spec(shapes, str(release.vae.folder))
 
 
 def image_encoder_spec(release: Release) -> ImageEncoderSpec:

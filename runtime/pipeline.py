@@ -8,6 +8,7 @@ nothing of files, codecs or how an engine runs.
 from __future__ import annotations
 
 import dataclasses
+import functools
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, Self
@@ -19,11 +20,12 @@ from . import kernels
 from .bundle import TOKENIZER, Bundle
 from .canvas import Canvas
 from .errors import Cancelled, UserError
-from .generation import Generation
+from .generation import Generation, Phase
 from .geometry import Geometry, coordinate_columns, plan
+from .image import prepare_pictures
 from .loop import Pinned, Steps
 from .request import Request, Settings
-from .schedule import Schedule, make_inversion, make_schedule, time_features
+from .schedule import LEVELS, Schedule, make_inversion, make_schedule, time_features
 from .strict import require
 from .targets import AUTO, Choice, Engines, open_engines
 from .text import PromptTokenizer
@@ -129,12 +131,14 @@ class Pipeline:
         if canvas.known.shape != geometry.grid:
             raise UserError(f"a canvas of this size has known {list(geometry.grid)}, not {list(canvas.known.shape)}")
         known, clean = canvas.known.ravel(), self._pack(canvas.latents)
-        pinned = Pinned(known.astype(np.float32), clean, None if self.spec.denoiser.two_levels else sample)
         sigma = np.float32(schedule.sigmas[0])
         mixed = (1 - sigma) * clean + sigma * sample
-        sample = mixed if settings.strength < 1 else sample.copy()
-        sample[known] = (clean if pinned.noise is None else mixed)[known]
-        return self._allocate(settings, geometry, schedule, sample, canvas, pinned)
+        start = mixed if settings.strength < 1 else sample.copy()
+        if self.spec.denoiser.route == "channels":
+            return self._allocate(settings, geometry, schedule, start, canvas)
+        pinned = Pinned(known.astype(np.float32), clean, None if self.spec.denoiser.two_levels else sample)
+        start[known] = (clean if pinned.noise is None else mixed)[known]
+        return self._allocate(settings, geometry, schedule, start, canvas, pinned)
 
     def prepare_inversion(self, request: Request, latents: Float32) -> Generation:
         """The way back: prepares the steps from a clip's latents [C,T',H',W'] to the noise that makes it.
@@ -169,8 +173,7 @@ class Pipeline:
         pinned: Pinned | None = None,
     ) -> Generation:
         denoiser = self.spec.denoiser
-        cross_k, cross_v = self._condition(settings)
-        batch = cross_k.shape[1]
+        batch = len(self._prompts(settings))
         rope_cos, rope_sin = kernels.rope3d(geometry.grid, denoiser.head_size, theta=denoiser.theta)
         state = _zeros((schedule.buffers, geometry.tokens, denoiser.token_values))
         state[0] = sample
@@ -179,28 +182,56 @@ class Pipeline:
             "time_features": _zeros((batch, 2, denoiser.time_features)),
             "rope_cos": rope_cos,
             "rope_sin": rope_sin,
-            "cross_k": cross_k,
-            "cross_v": cross_v,
         }
         if denoiser.two_levels:
             inputs["known"] = _zeros((batch, geometry.tokens))
             if pinned is not None:
                 inputs["known"][:] = pinned.known
         inputs["tokens"][:, :, : denoiser.token_values] = sample
-        if denoiser.coordinates:
-            inputs["tokens"][:, :, denoiser.token_values :] = coordinate_columns(geometry.grid)
+        columns = self._columns(geometry, canvas)
+        inputs["tokens"][:, :, denoiser.token_values :] = columns
         levels = np.stack([schedule.timesteps, np.zeros(schedule.steps)], axis=1)  # [steps,2]: unknown, known
-        steps = Steps(
-            inputs=inputs,
-            state=state,
-            matrices=schedule.matrices.astype(np.float32),
-            time_table=time_features(levels, denoiser.time_features),
-            sigmas=schedule.sigmas,
-            guidance=settings.guidance,
-            pinned=pinned,
-        )
-        loop = self.engines.loop(steps)
-        return Generation(settings, geometry, schedule, steps, loop, self.bundle.key, canvas)
+        condition = self._conditions(settings, canvas)
+
+        def prepare(expert: str, guidance: float) -> Steps:
+            return Steps(
+                denoiser=f"denoiser{expert}",
+                inputs={**inputs, **condition(expert)},
+                state=state,
+                matrices=schedule.matrices.astype(np.float32),
+                time_table=time_features(levels, denoiser.time_features),
+                sigmas=schedule.sigmas,
+                guidance=guidance,
+                pinned=pinned,
+            )
+
+        low = settings.guidance if settings.guidance_low is None else settings.guidance_low
+        phases = [
+            Phase(first, functools.partial(prepare, expert, guidance))
+            for first, expert, guidance in zip(
+                self._first_steps(schedule), self.spec.experts, (settings.guidance, low), strict=False
+            )
+        ]
+        return Generation(settings, geometry, schedule, phases, self.engines.loop, self.bundle.key, canvas)
+
+    def _first_steps(self, schedule: Schedule) -> list[int]:
+        """The step at which each expert takes over, from high noise to low."""
+        if self.spec.boundary is None:
+            return [0]
+        return [0, int((schedule.timesteps >= LEVELS * self.spec.boundary).sum())]
+
+    def _columns(self, geometry: Geometry, canvas: Canvas | None) -> Float32:
+        """What stands in every token after its latent values, [N,*]: what is given, and coordinates."""
+        denoiser, parts = self.spec.denoiser, []
+        if denoiser.shown_channels:
+            if canvas is None or canvas.shown is None or len(canvas.shown) != denoiser.shown_channels:
+                raise UserError(
+                    f"{self.spec.name} makes clips of pictures or of other clips; give one, as with --image"
+                )
+            parts.append(self._pack(canvas.shown))
+        if denoiser.coordinates:
+            parts.append(coordinate_columns(geometry.grid))
+        return np.concatenate(parts, axis=1) if parts else np.zeros((geometry.tokens, 0), np.float32)
 
     def step(self, generation: Generation) -> None:
         """One denoising step: the engine, then guidance and the sampler's update in one pass.
@@ -209,8 +240,7 @@ class Pipeline:
         """
         if generation.finished:
             raise UserError(f"all {generation.done} steps are done; decode the generation")
-        generation.loop.step(generation.done)
-        generation.done += 1
+        generation.step()
 
     def latent(self, generation: Generation) -> Float32:
         """The sample as a normalised latent [C,T',H',W']: clean after the last step, noise after an inversion's."""
@@ -233,27 +263,52 @@ class Pipeline:
             results = self.engines["vae_decoder"]({"latents": chunk, **_caches(results)})
             yield _to_frames(results.pop("pixels"))
 
-    def encode(self, frames: Frames) -> Float32:
+    def encode(self, frames: Frames, known: NDArray[np.bool_] | None = None) -> Float32:
         """Frames uint8 [1 + 4k,H,W,3] (for the embedded model) -> normalised latent [C,T',H',W'], a few at a time.
 
-        Raises UserError as `geometry.plan` for a size that the model does not have.
+        With `known` [1 + 4k,H,W] all other pixels are taken to be grey, exactly between black and white. Raises UserError as `geometry.plan` for a size that the model does not have.
         """
         plan(self.spec, frames.shape[2], frames.shape[1], len(frames))
         step = self.spec.vae.temporal_factor * CHUNK
-        results = self.engines["vae_encoder_first"]({"pixels": _to_pixels(frames[:1])})
+
+        def pixels(part: slice) -> Float32:
+            return _to_pixels(frames[part], None if known is None else known[part])
+
+        results = self.engines["vae_encoder_first"]({"pixels": pixels(slice(1))})
         latents = [results.pop("latents")]
         for start in range(1, len(frames), step):
-            chunk = _to_pixels(frames[start : start + step])
+            chunk = pixels(slice(start, start + step))
             results = self.engines["vae_encoder"]({"pixels": chunk, **_caches(results)})
             latents.append(results.pop("latents"))
         return np.concatenate(latents, axis=2)[0]
 
-    def _condition(self, settings: Settings) -> tuple[Any, Any]:
-        """Every block's text keys and values [blocks,B,heads,L,D]: the prompt, then the negative prompt if guided."""
+    def _conditions(self, settings: Settings, canvas: Canvas | None) -> Callable[[str], dict[str, Any]]:
+        """What an expert's denoiser reads of the prompt, the negative prompt if guided, and the canvas's pictures.
+
+        Keys and values of every block [blocks,B,heads,*,D]; the encoders run now, an expert's conditioners when asked.
+        """
         ids, mask = self.tokenizer(self._prompts(settings))
         embeddings = self.engines["text_encoder"]({"ids": ids, "mask": mask})["embeddings"]
-        results = self.engines["conditioner"]({"embeddings": embeddings})
-        return results["cross_k"], results["cross_v"]
+        image = None if self.spec.image_encoder is None else self._image_embeddings(canvas)
+
+        def condition(expert: str) -> dict[str, Any]:
+            found = self.engines[f"conditioner{expert}"]({"embeddings": embeddings})
+            if image is not None:
+                rows = {"image_embeddings": np.repeat(image, len(ids), axis=0)}
+                found |= self.engines[f"image_conditioner{expert}"](rows)
+            return found
+
+        return condition
+
+    def _image_embeddings(self, canvas: Canvas | None) -> Float32:
+        """The tokens of a canvas's pictures, one after the other: [1,M,width]."""
+        assert self.spec.image_encoder is not None
+        if canvas is None or canvas.pictures is None or len(canvas.pictures) != self.spec.pictures:
+            given = 0 if canvas is None or canvas.pictures is None else len(canvas.pictures)
+            raise UserError(f"{self.spec.name} makes clips of {self.spec.pictures} pictures, as --image; {given} given")
+        pixels = prepare_pictures(canvas.pictures, self.spec.image_encoder.size)
+        tokens = self.engines["image_encoder"]({"pixels": pixels})["image_embeddings"]
+        return np.ascontiguousarray(tokens).reshape(1, -1, tokens.shape[-1])
 
     @staticmethod
     def _prompts(settings: Settings) -> list[str]:
@@ -278,9 +333,10 @@ def _caches(results: dict[str, Any]) -> dict[str, Any]:
     return {name.removeprefix("next_"): cache for name, cache in results.items()}
 
 
-def _to_pixels(frames: Frames) -> Float32:
-    """uint8 [T,H,W,3] -> float [1,3,T,H,W] in [-1,1]."""
-    return np.ascontiguousarray(frames.transpose(3, 0, 1, 2)[None].astype(np.float32) / np.float32(127.5) - 1)
+def _to_pixels(frames: Frames, known: NDArray[np.bool_] | None) -> Float32:
+    """uint8 [T,H,W,3] -> float [1,3,T,H,W] in [-1,1], 0 where not known."""
+    pixels = frames.transpose(3, 0, 1, 2)[None].astype(np.float32) / np.float32(127.5) - 1
+    return np.ascontiguousarray(pixels if known is None else pixels * known)
 
 
 def _to_frames(pixels: Float32) -> Frames:

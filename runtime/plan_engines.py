@@ -24,6 +24,8 @@ from .residency import Residency
 from .session import Session
 from .tensorrt import TensorRt, TensorRtEngine
 
+DENOISER = "denoiser"  # how the name of a component begins that takes steps
+
 
 class PlanEngines(Resource):
     def __init__(self, runtime: TensorRt, bundle: Bundle, plans: dict[str, Plan], residency: Residency):
@@ -31,7 +33,7 @@ class PlanEngines(Resource):
         self._runtime, self._bundle, self._plans, self._residency = runtime, bundle, plans, residency
         self.session = runtime.session
         self._loaded: dict[str, TensorRtEngine] = {}
-        self._workspaces = Workspaces(self.session)
+        self._workspaces = {name: Workspaces(self.session) for name in plans if name.startswith(DENOISER)}
         super().__init__(_release, self._loaded, self._workspaces, self.session)
         if len(residency.groups) == 1:
             try:
@@ -66,7 +68,8 @@ class PlanEngines(Resource):
         return self._plans[name].record.profiles
 
     def loop(self, steps: Steps) -> DeviceLoop:
-        return DeviceLoop(self.session, self._workspaces, lambda: self.load("denoiser"), steps)
+        workspaces = self._workspaces[steps.denoiser]
+        return DeviceLoop(self.session, workspaces, lambda: self.load(steps.denoiser), steps)
 
     def warm_up(self) -> None:
         for name in self._plans:
@@ -87,16 +90,17 @@ class PlanEngines(Resource):
         return self._loaded[name]
 
     def _unload(self, name: str) -> None:
-        if name == "denoiser":
-            self._workspaces.unload()
+        if name in self._workspaces:
+            self._workspaces[name].unload()
         self._loaded.pop(name).close()
         self.session.scratch.release()
 
 
-def _release(loaded: dict[str, TensorRtEngine], workspaces: Workspaces, session: Session) -> None:
+def _release(loaded: dict[str, TensorRtEngine], workspaces: dict[str, Workspaces], session: Session) -> None:
     """Engines go before their device, at the end of the process too."""
     with session.lock:
-        workspaces.unload()
+        for each in workspaces.values():
+            each.unload()
         for engine in loaded.values():
             engine.close()
         loaded.clear()
@@ -105,7 +109,7 @@ def _release(loaded: dict[str, TensorRtEngine], workspaces: Workspaces, session:
 
 def _stays(component: str, output: str) -> bool:
     """Whether an output is only ever another engine's input, so that it need not leave the device."""
-    return component in ("text_encoder", "conditioner") or output.startswith("next_cache_")
+    return component == "text_encoder" or output.startswith(("cross_", "image_k", "image_v", "next_cache_"))
 
 
 class _Engine:

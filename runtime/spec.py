@@ -97,7 +97,8 @@ class DenoiserSpec:
         require_positive(self, "denoiser", but=("mask_channels",))
         require(self.mask_channels >= 0, f"denoiser.mask_channels must not be below 0, is {self.mask_channels}")
         require(
-            not (self.two_levels and self.mask_channels), "denoiser.two_levels and denoiser.mask_channels are two routes"
+            not (self.two_levels and self.mask_channels),
+            "denoiser.two_levels and denoiser.mask_channels are two routes",
         )
         require(
             self.width % (2 * self.heads) == 0,

@@ -61,7 +61,7 @@ class HostEngines:
         """Any clip of the model's."""
 
     def loop(self, steps: Steps) -> Loop:
-        return HostLoop(self["denoiser"], steps)
+        return HostLoop(self[steps.denoiser], steps)
 
     def warm_up(self) -> None:
         """Nothing depends on shapes."""
