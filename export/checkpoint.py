@@ -61,25 +61,35 @@ class Checkpoint:
 
     def check(self, expected: Mapping[str, torch.Size]) -> None:
         """Strict both ways. Raises UserError that lists missing, unknown and wrongly shaped parameters."""
-        missing = sorted(set(expected) - set(self.tensors))
-        unknown = sorted(set(self.tensors) - set(expected))
-        reshaped = [
-            f"{name} is {list(self.tensors[name].shape)}, must be {list(shape)}"
-            for name, shape in expected.items()
-            if name in self.tensors and self.tensors[name].shape != tuple(shape)
-        ]
-        problems = [
-            f"{title}: {', '.join(names)}"
-            for title, names in (("missing", missing), ("unknown", unknown), ("wrong shape", reshaped))
-            if names
-        ]
-        if problems:
-            raise UserError(f"{self.folder / WEIGHTS} does not fit its spec; {'; '.join(problems)}")
+        found = {name: tensor.shape for name, tensor in self.tensors.items()}
+        check_parameters(f"{self.folder / WEIGHTS} does not fit its spec", expected, found)
         with safe_open(self.folder / WEIGHTS, "pt") as file:
             for name in ("latent_mean", "latent_std"):
                 stored, wanted = file.get_tensor(f"vae.{name}").flatten().tolist(), getattr(self.spec.vae, name)
                 if not np.allclose(stored, wanted, rtol=1e-2, atol=1e-2):  # the file's may be rounded to bfloat16
                     raise UserError(f"vae.{name} is {stored} in {self.folder / WEIGHTS}, but {list(wanted)} in {SPEC}")
+
+
+def check_parameters(
+    complaint: str, expected: Mapping[str, tuple[int, ...]], found: Mapping[str, tuple[int, ...]]
+) -> None:
+    """Strict both ways. Raises UserError that lists missing, unknown and wrongly shaped parameters."""
+    reshaped = [
+        f"{name} is {list(found[name])}, must be {list(shape)}"
+        for name, shape in expected.items()
+        if name in found and tuple(found[name]) != tuple(shape)
+    ]
+    problems = [
+        f"{title}: {', '.join(names)}"
+        for title, names in (
+            ("missing", sorted(set(expected) - set(found))),
+            ("unknown", sorted(set(found) - set(expected))),
+            ("wrong shape", reshaped),
+        )
+        if names
+    ]
+    if problems:
+        raise UserError(f"{complaint}; {'; '.join(problems)}")
 
 
 def read_header(path: Path) -> dict[str, StoredTensor]:

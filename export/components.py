@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from tubelet.runtime.bundle import Extents, Shape, sizes
-from tubelet.runtime.spec import CaptionerSpec, DenoiserSpec, ModelSpec
+from tubelet.runtime.spec import CaptionerSpec, DenoiserSpec, ModelSpec, VaeSpec
 
 from .captioner import Captioner, CaptionerMemory
 from .dit import Conditioner, Denoiser
@@ -68,9 +68,6 @@ def components(spec: ModelSpec, modules: Mapping[str, nn.Module]) -> list[Compon
     cross = Port((spec.denoiser.depth, "B", spec.denoiser.heads, "L", spec.denoiser.head_size))
     velocity = Port(("B", "N", spec.denoiser.token_values))
     videos = tuple({"B": b, "N": n, "L": length} for b, n in ((2, 36), (1, 9), (2, 144), (1, 325)))
-    vae, scale = modules["vae"], spec.vae.spatial_factor
-    latents = Port(("B", spec.vae.latent_channels, "t", "h", "w"))
-    pixels = Port(("B", 3, f"{spec.vae.temporal_factor}*t", f"{scale}*h", f"{scale}*w"))
     return [
         Component(
             "text_encoder",
@@ -96,8 +93,7 @@ def components(spec: ModelSpec, modules: Mapping[str, nn.Module]) -> list[Compon
             {"velocity": velocity},
             videos,
         ),
-        *_vae_half("vae_decoder", VaeStep(vae, "decode"), ("latents", latents), ("pixels", pixels)),
-        *_vae_half("vae_encoder", VaeStep(vae, "encode"), ("pixels", pixels), ("latents", latents)),
+        *vae_components(spec.vae, modules["vae"]),
         *(_captioner(spec.captioner, modules) if spec.captioner is not None else ()),
     ]
 
@@ -154,6 +150,17 @@ class VaeStep(nn.Module):
     def forward(self, x: Tensor, *caches: Tensor) -> tuple[Tensor, ...]:
         result, following = getattr(self.vae, self.method)(x, caches or None)
         return result, *following
+
+
+def vae_components(spec: VaeSpec, vae: nn.Module) -> list[Component]:
+    """Both halves, each as a clip's first frame and the chunks after it."""
+    scale = spec.spatial_factor
+    latents = Port(("B", spec.latent_channels, "t", "h", "w"))
+    pixels = Port(("B", 3, f"{spec.temporal_factor}*t", f"{scale}*h", f"{scale}*w"))
+    return [
+        *_vae_half("vae_decoder", VaeStep(vae, "decode"), ("latents", latents), ("pixels", pixels)),
+        *_vae_half("vae_encoder", VaeStep(vae, "encode"), ("pixels", pixels), ("latents", latents)),
+    ]
 
 
 def _vae_half(name: str, step: nn.Module, source: tuple[str, Port], result: tuple[str, Port]) -> list[Component]:

@@ -129,7 +129,7 @@ class VaeSpec:
 
 @dataclass(frozen=True)
 class WanVaeSpec(VaeSpec):
-    """The VAEs of Wan 2.1 and 2.2: attention at the coarsest resolution, and channels that change in residual blocks."""
+    """Wan's VAEs: attention at the coarsest resolution, and channels that change in residual blocks."""
 
     decoder_widths: tuple[int, ...]  # as widths, which are the encoder's
     shortcuts: bool  # averaging and duplicating ways around each resolution; without, upsampling halves channels
