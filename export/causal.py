@@ -44,11 +44,11 @@ class CausalConv3d(nn.Conv3d):
 
 
 class ChannelNorm(nn.Module):
-    """RMS-norm over channels, of videos or, with two axes behind the channels, of pictures."""
+    """RMS-norm over channels."""
 
-    def __init__(self, channels: int, axes: int = 3):
+    def __init__(self, channels: int):
         super().__init__()
-        self.gamma = nn.Parameter(torch.ones(channels, *[1] * axes))
+        self.gamma = nn.Parameter(torch.ones(channels, 1, 1, 1))
 
     def forward(self, x: Tensor) -> Tensor:
         return x * torch.rsqrt(x.square().mean(dim=1, keepdim=True) + 1e-12) * self.gamma
@@ -67,6 +67,41 @@ class ResidualBlock(nn.Module):
         y = self.conv1(F.silu(self.norm1(x)), history)
         y = self.conv2(F.silu(self.norm2(y)), history)
         return self.shortcut(x) + y
+
+
+class Downsample(nn.Module):
+    """Halves rows and columns, and time where asked."""
+
+    def __init__(self, channels_in: int, channels_out: int, temporal: bool):
+        super().__init__()
+        self.spatial = nn.Conv3d(channels_in, channels_out, (1, 3, 3), stride=(1, 2, 2))
+        self.time = nn.Conv3d(channels_out, channels_out, (3, 1, 1), stride=(2, 1, 1)) if temporal else None
+
+    def forward(self, x: Tensor, history: History) -> Tensor:
+        x = self.spatial(F.pad(x, (0, 1, 0, 1)))
+        if self.time is not None:
+            past = history.extend(x, 1)
+            x = x if history.first else self.time(past)
+        return x
+
+
+class Upsample(nn.Module):
+    """Doubles rows and columns, and time where asked."""
+
+    def __init__(self, channels_in: int, channels_out: int, temporal: bool):
+        super().__init__()
+        self.time = nn.Conv3d(channels_in, 2 * channels_in, (3, 1, 1)) if temporal else None
+        self.spatial = nn.Conv3d(channels_in, channels_out, (1, 3, 3), padding=(0, 1, 1))
+
+    def forward(self, x: Tensor, history: History) -> Tensor:
+        b, c, t, h, w = x.shape
+        if self.time is not None:
+            # the first frame leaves no past behind: frame 0 passes, frame 1 starts from zeros
+            past = history.extend(torch.zeros_like(x) if history.first else x, 2)
+            if not history.first:
+                # [B,2C,T,H,W] -> [B,C,2T,H,W], the pair interleaved in time
+                x = self.time(past).reshape(b, 2, c, t, h, w).permute(0, 2, 3, 1, 4, 5).reshape(b, c, 2 * t, h, w)
+        return self.spatial(F.interpolate(x, scale_factor=(1.0, 2.0, 2.0), mode="nearest"))
 
 
 def average(x: Tensor, frames: int, side: int, channels_out: int) -> Tensor:

@@ -30,7 +30,6 @@ from .components import build_modules
 from .storage import StoredTensor, read_header, read_values, write_tensors
 
 SPEC, MADE = "spec.json", "made.safetensors"
-LISTED = 40  # names in a message; the rest is counted
 
 Shapes = Mapping[str, tuple[int, ...]]
 
@@ -121,29 +120,43 @@ def match(
     one of `unused` may be there. Strict both ways: raises UserError that lists what is missing, unknown and wrongly
     shaped, by the names of `where`.
     """
-    tensors, used, missing, reshaped = {}, set(), [], []
-    for name, shape in expected.items():
-        theirs, part, parts = _part(sources[name])
-        used.add(theirs)
-        if theirs not in found:
-            missing.append(theirs)
-            continue
+    places = {name: _part(sources[name]) for name in expected}
+    wanted = {
+        theirs: (parts * expected[name][0], *expected[name][1:]) if parts > 1 else expected[name]
+        for name, (theirs, _, parts) in places.items()
+    }
+    shapes = {
+        name: wanted[name] if name in wanted and _same(stored.shape, wanted[name]) else stored.shape
+        for name, stored in found.items()
+        if name in wanted or not name.startswith(unused)
+    }
+    check_parameters(f"{where} does not fit its spec", wanted, shapes)
+    tensors = {}
+    for name, (theirs, part, parts) in places.items():
         stored = found[theirs]
-        if not _same(stored.shape, (parts * shape[0], *shape[1:]) if parts > 1 else shape):
-            wanted = f", must be {list(shape)}" + (f" {parts} times" if parts > 1 else "")
-            reshaped.append(f"{theirs} is {list(stored.shape)}{wanted}")
-            continue
         size = stored.bytes // parts
-        tensors[name] = replace(stored, shape=shape, offset=stored.offset + part * size, bytes=size)
-    unknown = [name for name in found if name not in used and not name.startswith(unused)]
+        tensors[name] = replace(stored, shape=expected[name], offset=stored.offset + part * size, bytes=size)
+    return tensors
+
+
+def check_parameters(complaint: str, expected: Shapes, found: Shapes) -> None:
+    """Strict both ways. Raises UserError that lists missing, unknown and wrongly shaped parameters."""
+    reshaped = [
+        f"{name} is {list(found[name])}, must be {list(shape)}"
+        for name, shape in expected.items()
+        if name in found and tuple(found[name]) != tuple(shape)
+    ]
     problems = [
-        f"{title}: {_listed(sorted(set(names)))}"
-        for title, names in (("missing", missing), ("unknown", unknown), ("wrong shape", reshaped))
+        f"{title}: {', '.join(names)}"
+        for title, names in (
+            ("missing", sorted(set(expected) - set(found))),
+            ("unknown", sorted(set(found) - set(expected))),
+            ("wrong shape", reshaped),
+        )
         if names
     ]
     if problems:
-        raise UserError(f"{where} does not fit its spec; {'; '.join(problems)}")
-    return tensors
+        raise UserError(f"{complaint}; {'; '.join(problems)}")
 
 
 def _part(source: str) -> tuple[str, int, int]:
@@ -160,8 +173,3 @@ def _same(theirs: tuple[int, ...], ours: tuple[int, ...]) -> bool:
     a, b = ([extent for extent in shape if extent != 1] for shape in (theirs, ours))
     convolution = len(theirs) == 5 and len(ours) == 2 and theirs[0] == ours[0] and math.prod(theirs) == math.prod(ours)
     return a == b or convolution
-
-
-def _listed(names: list[str]) -> str:
-    more = f" and {len(names) - LISTED} more" if len(names) > LISTED else ""
-    return ", ".join(names[:LISTED]) + more

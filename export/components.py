@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from tubelet.runtime.bundle import Extents, Shape, sizes
-from tubelet.runtime.spec import CaptionerSpec, DenoiserSpec, ImageEncoderSpec, ModelSpec
+from tubelet.runtime.spec import CaptionerSpec, DenoiserSpec, ImageEncoderSpec, ModelSpec, VaeSpec
 
 from .captioner import Captioner, CaptionerMemory
 from .dit import Conditioner, Denoiser, ImageConditioner
@@ -82,9 +82,6 @@ def components(spec: ModelSpec, modules: Mapping[str, nn.Module]) -> list[Compon
     mask = Port(("B", "L"), torch.int64, 2)
     texts = tuple({"B": b, "L": n} for b, n in ((2, length), (1, length), (3, 5)))
     embeddings = Port(("B", "L", spec.text_encoder.width))
-    vae, scale = modules["vae"], spec.vae.spatial_factor
-    latents = Port(("B", spec.vae.latent_channels, "t", "h", "w"))
-    pixels = Port(("B", 3, f"{spec.vae.temporal_factor}*t", f"{scale}*h", f"{scale}*w"))
     return [
         Component(
             "text_encoder",
@@ -96,8 +93,7 @@ def components(spec: ModelSpec, modules: Mapping[str, nn.Module]) -> list[Compon
         ),
         *(_image_encoder(spec.image_encoder, modules) if spec.image_encoder is not None else ()),
         *(each for expert in spec.experts for each in _expert(spec.denoiser, length, modules, expert)),
-        *_vae_half("vae_decoder", VaeStep(vae, "decode"), ("latents", latents), ("pixels", pixels)),
-        *_vae_half("vae_encoder", VaeStep(vae, "encode"), ("pixels", pixels), ("latents", latents)),
+        *vae_components(spec.vae, modules["vae"]),
         *(_captioner(spec.captioner, modules) if spec.captioner is not None else ()),
     ]
 
@@ -194,6 +190,17 @@ class VaeStep(nn.Module):
     def forward(self, x: Tensor, *caches: Tensor) -> tuple[Tensor, ...]:
         result, following = getattr(self.vae, self.method)(x, caches or None)
         return result, *following
+
+
+def vae_components(spec: VaeSpec, vae: nn.Module) -> list[Component]:
+    """Both halves, each as a clip's first frame and the chunks after it."""
+    scale = spec.spatial_factor
+    latents = Port(("B", spec.latent_channels, "t", "h", "w"))
+    pixels = Port(("B", 3, f"{spec.temporal_factor}*t", f"{scale}*h", f"{scale}*w"))
+    return [
+        *_vae_half("vae_decoder", VaeStep(vae, "decode"), ("latents", latents), ("pixels", pixels)),
+        *_vae_half("vae_encoder", VaeStep(vae, "encode"), ("pixels", pixels), ("latents", latents)),
+    ]
 
 
 def _vae_half(name: str, step: nn.Module, source: tuple[str, Port], result: tuple[str, Port]) -> list[Component]:

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 from tubelet.runtime.spec import VaeSpec, WanVaeSpec
 
-from .causal import CausalConv3d, ChannelNorm, History, ResidualBlock, average, duplicate
+from .causal import CausalConv3d, ChannelNorm, Downsample, History, ResidualBlock, Upsample, average, duplicate
 from .wan_vae import WanDecoder, WanEncoder
 
 
@@ -34,45 +34,20 @@ class Stage(nn.ModuleList):
         return x
 
 
-class Downsample(nn.Module):
-    """Halves rows and columns, and time where asked: a strided convolution beside an averaging shortcut."""
-
-    def __init__(self, channels_in: int, channels_out: int, temporal: bool):
-        super().__init__()
-        self.spatial = nn.Conv3d(channels_in, channels_out, (1, 3, 3), stride=(1, 2, 2))
-        self.time = nn.Conv3d(channels_out, channels_out, (3, 1, 1), stride=(2, 1, 1)) if temporal else None
-        self.channels_out = channels_out
+class AverageDownsample(Downsample):
+    """Beside the convolution an averaging shortcut."""
 
     def forward(self, x: Tensor, history: History) -> Tensor:
-        y = self.spatial(F.pad(x, (0, 1, 0, 1)))
-        if self.time is not None:
-            past = history.extend(y, 1)
-            y = y if history.first else self.time(past)
         frames = 2 if self.time is not None and not history.first else 1
-        return y + average(x, frames, 2, self.channels_out)
+        return super().forward(x, history) + average(x, frames, 2, self.spatial.out_channels)
 
 
-class Upsample(nn.Module):
-    """Doubles rows and columns, and time where asked: a convolution beside a duplicating shortcut."""
-
-    def __init__(self, channels_in: int, channels_out: int, temporal: bool):
-        super().__init__()
-        self.time = nn.Conv3d(channels_in, 2 * channels_in, (3, 1, 1)) if temporal else None
-        self.spatial = nn.Conv3d(channels_in, channels_out, (1, 3, 3), padding=(0, 1, 1))
-        self.channels_out = channels_out
+class DuplicateUpsample(Upsample):
+    """Beside the convolution a duplicating shortcut."""
 
     def forward(self, x: Tensor, history: History) -> Tensor:
-        b, c, t, h, w = x.shape
-        y = x
-        if self.time is not None:
-            # the first frame leaves no past behind: frame 0 passes, frame 1 starts from zeros
-            past = history.extend(torch.zeros_like(x) if history.first else x, 2)
-            if not history.first:
-                # [B,2C,T,H,W] -> [B,C,2T,H,W], the pair interleaved in time
-                y = self.time(past).reshape(b, 2, c, t, h, w).permute(0, 2, 3, 1, 4, 5).reshape(b, c, 2 * t, h, w)
-        y = self.spatial(F.interpolate(y, scale_factor=(1.0, 2.0, 2.0), mode="nearest"))
         frames = 2 if self.time is not None and not history.first else 1
-        return y + duplicate(x, frames, 2, self.channels_out)
+        return super().forward(x, history) + duplicate(x, frames, 2, self.spatial.out_channels)
 
 
 class Encoder(nn.Module):
@@ -85,7 +60,7 @@ class Encoder(nn.Module):
         self.conv_in = CausalConv3d(3 * spec.pixel_patch**2, widths[0], 3)
         self.stages = nn.ModuleList(Stage(width, spec.encoder_blocks) for width in widths)
         self.downs = nn.ModuleList(
-            Downsample(a, b, temporal) for a, b, temporal in zip(widths, widths[1:], spec.temporal, strict=False)
+            AverageDownsample(a, b, temporal) for a, b, temporal in zip(widths, widths[1:], spec.temporal, strict=False)
         )
         self.norm_out = ChannelNorm(widths[-1])
         self.conv_out = CausalConv3d(widths[-1], 2 * spec.latent_channels, 3)
@@ -112,7 +87,8 @@ class Decoder(nn.Module):
         self.conv_in = CausalConv3d(spec.latent_channels, widths[0], 3)
         self.stages = nn.ModuleList(Stage(width, spec.decoder_blocks) for width in widths)
         self.ups = nn.ModuleList(
-            Upsample(a, b, temporal) for a, b, temporal in zip(widths, widths[1:], spec.temporal[::-1], strict=False)
+            DuplicateUpsample(a, b, temporal)
+            for a, b, temporal in zip(widths, widths[1:], spec.temporal[::-1], strict=False)
         )
         self.norm_out = ChannelNorm(widths[-1])
         self.conv_out = CausalConv3d(widths[-1], 3 * spec.pixel_patch**2, 3)

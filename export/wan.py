@@ -1,9 +1,10 @@
 """Wan 2.1 and 2.2 as checkpoints: a published Release -> the spec, and where each of our parameters lies.
 
-Flows in: a Release in either layout. Flows out: a Checkpoint whose tensors stay in the release's files. The same weights
-give the same spec from both layouts: sizes come from the tensors and, where these are silent, from the transformer's
-config, which both have; what a request means where it is silent comes from `FAMILIES`.
+Flows in: a Release in either layout. Flows out: a Checkpoint whose tensors stay in the release's files. The same
+weights give the same spec from both layouts: sizes come from the tensors and, where these are silent, from the
+transformer's config, which both have; what a request means where it is silent comes from `FAMILIES`.
 """
+# ruff: noqa: RUF001  NEGATIVE is Chinese
 
 from __future__ import annotations
 

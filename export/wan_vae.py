@@ -1,13 +1,11 @@
 """The VAEs of Wan 2.1 and Wan 2.2, as halves of a `vae.Vae`.
 
-Flows in: pixels in [-1,1] or latents, not normalised, and a History. Flows out: the other one. Wan 2.2 folds pixels into
-channels and leads shortcuts around its levels; both are numbers of the spec. The parameters have the shapes of the
-published files, so that a bundle can refer to these (`wan_vae_names.py`).
+Flows in: pixels in [-1,1] or latents, not normalised, and a History. Flows out: the other one. Wan 2.2 folds pixels
+into channels and leads shortcuts around its levels; both are fields of the spec.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from itertools import pairwise
 
 import torch.nn.functional as F
@@ -15,7 +13,7 @@ from torch import Tensor, nn
 
 from tubelet.runtime.spec import WanVaeSpec
 
-from .causal import CausalConv3d, ChannelNorm, History, ResidualBlock, average, duplicate
+from .causal import CausalConv3d, ChannelNorm, Downsample, History, ResidualBlock, Upsample, average, duplicate
 
 
 class Attention(nn.Module):
@@ -23,18 +21,16 @@ class Attention(nn.Module):
 
     def __init__(self, channels: int):
         super().__init__()
-        self.norm = ChannelNorm(channels, axes=2)
-        self.qkv = nn.Conv2d(channels, 3 * channels, 1)
-        self.out = nn.Conv2d(channels, channels, 1)
+        self.norm = ChannelNorm(channels)
+        self.qkv = nn.Conv3d(channels, 3 * channels, 1)
+        self.out = nn.Conv3d(channels, channels, 1)
 
     def forward(self, x: Tensor) -> Tensor:
-        return x + _by_frame(self._attend, x)
-
-    def _attend(self, x: Tensor) -> Tensor:
-        b, c, h, w = x.shape
-        qkv = self.qkv(self.norm(x)).reshape(b, 3, c, h * w).transpose(2, 3)  # [B,3C,H,W] -> [B,3,HW,C]
-        q, k, v = qkv.split(1, dim=1)
-        return self.out(F.scaled_dot_product_attention(q, k, v).transpose(2, 3).reshape(b, c, h, w))
+        b, c, t, h, w = x.shape
+        # [B,3C,T,H,W] -> three of [B,T,H*W,C]: frames stand where heads would
+        q, k, v = self.qkv(self.norm(x)).reshape(b, 3, c, t, h * w).permute(1, 0, 3, 4, 2)
+        y = F.scaled_dot_product_attention(q, k, v).permute(0, 3, 1, 2)
+        return x + self.out(y.reshape(b, c, t, h, w))
 
 
 class Middle(nn.Module):
@@ -48,41 +44,6 @@ class Middle(nn.Module):
 
     def forward(self, x: Tensor, history: History) -> Tensor:
         return self.after(self.attention(self.before(x, history)), history)
-
-
-class Downsample(nn.Module):
-    """Halves rows and columns, and time where asked."""
-
-    def __init__(self, channels: int, temporal: bool):
-        super().__init__()
-        self.spatial = nn.Conv2d(channels, channels, 3, stride=2)
-        self.time = nn.Conv3d(channels, channels, (3, 1, 1), stride=(2, 1, 1)) if temporal else None
-
-    def forward(self, x: Tensor, history: History) -> Tensor:
-        x = _by_frame(lambda frames: self.spatial(F.pad(frames, (0, 1, 0, 1))), x)
-        if self.time is not None:
-            past = history.extend(x, 1)
-            x = x if history.first else self.time(past)
-        return x
-
-
-class Upsample(nn.Module):
-    """Doubles rows and columns, and time where asked."""
-
-    def __init__(self, channels_in: int, channels_out: int, temporal: bool):
-        super().__init__()
-        self.time = nn.Conv3d(channels_in, 2 * channels_in, (3, 1, 1)) if temporal else None
-        self.spatial = nn.Conv2d(channels_in, channels_out, 3, padding=1)
-
-    def forward(self, x: Tensor, history: History) -> Tensor:
-        if self.time is not None:
-            # the first frame leaves no past behind: frame 0 passes, frame 1 starts from zeros
-            past = history.extend(x.new_zeros(x.shape) if history.first else x, 2)
-            if not history.first:
-                b, c, t, h, w = x.shape
-                # [B,2C,T,H,W] -> [B,C,2T,H,W], the pair interleaved in time
-                x = self.time(past).reshape(b, 2, c, t, h, w).permute(0, 2, 3, 1, 4, 5).reshape(b, c, 2 * t, h, w)
-        return _by_frame(lambda frames: self.spatial(F.interpolate(frames, scale_factor=2.0, mode="nearest")), x)
 
 
 class AverageShortcut(nn.Module):
@@ -139,7 +100,7 @@ class WanEncoder(nn.Module):
         self.levels = nn.ModuleList()
         for before, width, temporal in zip((widths[0], *widths), widths, (*spec.temporal, None), strict=False):
             frames, side = 2 if temporal else 1, 1 if temporal is None else 2
-            resample = None if temporal is None else Downsample(width, temporal)
+            resample = None if temporal is None else Downsample(width, width, temporal)
             shortcut = AverageShortcut(width, frames, side) if spec.shortcuts else None
             self.levels.append(Level([before, *[width] * spec.encoder_blocks], resample, shortcut))
         self.middle = Middle(widths[-1])
@@ -182,13 +143,6 @@ class WanDecoder(nn.Module):
         for level in self.levels:
             x = level(x, history)
         return _unfold(self.conv_out(F.silu(self.norm_out(x)), history), self.patch)
-
-
-def _by_frame(layer: Callable[[Tensor], Tensor], x: Tensor) -> Tensor:
-    """Runs a layer for pictures [B,C,H,W] on all frames of a video [B,C,T,H,W] at once."""
-    b, c, t, h, w = x.shape
-    y = layer(x.transpose(1, 2).reshape(b * t, c, h, w))
-    return y.reshape(b, t, *y.shape[1:]).transpose(1, 2)
 
 
 def _fold(pixels: Tensor, patch: int) -> Tensor:

@@ -266,7 +266,8 @@ class Pipeline:
     def encode(self, frames: Frames, known: NDArray[np.bool_] | None = None) -> Float32:
         """Frames uint8 [1 + 4k,H,W,3] (for the embedded model) -> normalised latent [C,T',H',W'], a few at a time.
 
-        With `known` [1 + 4k,H,W] all other pixels are taken to be grey, exactly between black and white. Raises UserError as `geometry.plan` for a size that the model does not have.
+        With `known` [1 + 4k,H,W] all other pixels are taken to be grey, exactly between black and white.
+        Raises UserError as `geometry.plan` for a size that the model does not have.
         """
         plan(self.spec, frames.shape[2], frames.shape[1], len(frames))
         step = self.spec.vae.temporal_factor * CHUNK

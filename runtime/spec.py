@@ -98,7 +98,7 @@ class DenoiserSpec:
         require(self.mask_channels >= 0, f"denoiser.mask_channels must not be below 0, is {self.mask_channels}")
         require(
             not (self.two_levels and self.mask_channels),
-            "denoiser.two_levels and denoiser.mask_channels are two routes",
+            "denoiser.two_levels and mask_channels are two routes",
         )
         require(
             self.width % (2 * self.heads) == 0,
@@ -192,7 +192,7 @@ class VaeSpec:
 
 @dataclass(frozen=True)
 class WanVaeSpec(VaeSpec):
-    """The VAEs of Wan 2.1 and 2.2: attention at the coarsest resolution, and channels that change in residual blocks."""
+    """Wan's VAEs: attention at the coarsest resolution, and channels that change in residual blocks."""
 
     decoder_widths: tuple[int, ...]  # as widths, which are the encoder's
     shortcuts: bool  # averaging and duplicating ways around each resolution; without, upsampling halves channels

@@ -15,7 +15,7 @@ from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers,
 from torch import Tensor, nn
 
 from tubelet.export.wan_names import IMAGE_ENCODER, TEXT_ENCODER, TRANSFORMER, Layout, Names
-from tubelet.export.wan_vae_names import published, vae_spec
+from tubelet.export.wan_vae_names import RELEASES, published, vae_spec
 
 TEXTS = (
     "a red circle moves left on a white background",
@@ -119,7 +119,7 @@ def pipeline(name: str) -> Any:
         base_dim=4, decoder_base_dim=6 if residual else None, z_dim=kind.channels, is_residual=residual,
         patch_size=2 if residual else None, in_channels=12 if residual else 3, out_channels=12 if residual else 3,
         scale_factor_spatial=16 if residual else 8,
-        **({"latents_mean": [0.1] * 48, "latents_std": [1.5] * 48} if residual else {}),
+        **({"latents_mean": RELEASES[48].mean, "latents_std": RELEASES[48].std} if residual else {}),
     )  # fmt: skip
     parts: dict[str, Any] = {
         "tokenizer": PreTrainedTokenizerFast(
@@ -170,9 +170,7 @@ def write_original(made: Any, name: str, folder: Path) -> Path:
         (inside / "config.json").write_text(json.dumps(config))
         weights = {n: t.contiguous().clone() for n, t in renamed(TRANSFORMER, model.state_dict(), DEPTH).items()}
         names = sorted(weights)
-        shards = {
-            f"diffusion_pytorch_model-0000{i + 1}-of-00002.safetensors": names[i::2] for i in range(2)
-        }
+        shards = {f"diffusion_pytorch_model-0000{i + 1}-of-00002.safetensors": names[i::2] for i in range(2)}
         for file, held in shards.items():
             save_file({n: weights[n] for n in held}, inside / file)
         index = {"metadata": {}, "weight_map": {n: file for file, held in shards.items() for n in held}}
