@@ -10,7 +10,7 @@ import hashlib
 import os
 import shutil
 import tempfile
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import onnx_ir as ir
@@ -31,6 +31,7 @@ from tubelet.runtime.errors import UserError
 
 from .checkpoint import SPEC, Checkpoint
 from .components import build_modules, components
+from .lora import Lora, merged
 from .parity import measure
 from .published import is_published
 from .storage import digest
@@ -40,8 +41,14 @@ from .wan import open_wan
 Report = Callable[[str], None]
 
 
-def build(source: Path, output: Path, copy: bool = False, on_stage: Report = lambda stage: None) -> Bundle:
-    """Exports the checkpoint `source` to the bundle `output` and measures its parity.
+def build(
+    source: Path,
+    output: Path,
+    loras: Sequence[Lora] = (),
+    copy: bool = False,
+    on_stage: Report = lambda stage: None,
+) -> Bundle:
+    """Exports the checkpoint `source`, with adapters merged, to the bundle `output` and measures its parity.
 
     The bundle's weights are hard links to the checkpoint's files, or with `copy` copies of them. Raises UserError when
     the checkpoint is unreadable, its parameters do not fit its spec, or `output` exists or cannot be written.
@@ -51,12 +58,13 @@ def build(source: Path, output: Path, copy: bool = False, on_stage: Report = lam
     if not output.parent.is_dir():
         raise UserError(f"{output.parent} is not a folder; create it first")
     on_stage("read the checkpoint")
-    checkpoint = open_checkpoint(source)
+    checkpoint = merged(open_checkpoint(source), loras)
     try:
         partial = Path(tempfile.mkdtemp(prefix=f".{output.name}.", dir=output.parent))
     except OSError as error:
         raise UserError(f"cannot write to {output.parent}: {error.strerror}; choose a writable folder") from error
     try:
+        on_stage("merge")
         checkpoint = checkpoint.materialised(partial)
         for name, path in checkpoint.files.items():
             if path.parent != partial:

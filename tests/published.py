@@ -1,3 +1,4 @@
+# ruff: noqa: RUF001  prompts in many languages
 """Small Wan models as diffusers has them, written in both of the layouts in which Wan is published."""
 
 from __future__ import annotations

@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import dataclasses
 import shutil
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -21,22 +21,24 @@ import pytest
 import torch
 from numpy.typing import NDArray
 from PIL import Image
-from published import KINDS, TEXTS, pipeline, write_diffusers, write_original
+from published import KINDS, TEXTS, pipeline, renamed, write_diffusers, write_original
 from safetensors.torch import load_file, save_file
 
 from tubelet.export.checkpoint import Checkpoint
 from tubelet.export.components import Component, build_modules, components
-from tubelet.export.parity import weights_of
+from tubelet.export.lora import Lora, merged
 from tubelet.export.storage import digest
 from tubelet.export.wan import open_wan
+from tubelet.export.wan_names import TRANSFORMER, Layout
 from tubelet.runtime import Pipeline, Request, UserError
 from tubelet.runtime.canvas import Canvas
 from tubelet.runtime.loop import HostLoop, Steps
 from tubelet.runtime.studio import Studio
 from tubelet.runtime.targets import Choice
-from tubelet.runtime.text import PromptTokenizer, clean
+from tubelet.runtime.text import clean
 
 STEPS, SHIFT = 8, 3.0
+DENOISING = ("denoiser", "conditioner")
 
 
 class TorchEngine:
@@ -238,3 +240,164 @@ def _assert_close(found: NDArray[np.float32], wanted: NDArray[np.float32]) -> No
     assert found.shape == wanted.shape
     assert error < 1e-4, error
     assert np.abs(wanted).max() > 0.5
+
+
+def lora_of(weights: Mapping[str, torch.Tensor], style: str) -> dict[str, torch.Tensor]:
+    """A random adapter of all attentions and FFNs, whose alpha is half its rank where the style has one."""
+    generator = torch.Generator().manual_seed(7)
+    layers = [name for name in weights if ".attn" in name or ".ffn" in name]
+    linear = [name.removesuffix(".weight") for name in layers if name.endswith(".weight") and weights[name].ndim == 2]
+    found: dict[str, torch.Tensor] = {}
+    for layer in linear:
+        rows, columns = weights[f"{layer}.weight"].shape
+        down = torch.randn(4, columns, generator=generator) / 8
+        up = torch.randn(rows, 4, generator=generator) / 8
+        if style == "diffusers":
+            found |= {f"transformer.{layer}.lora_A.weight": down, f"transformer.{layer}.lora_B.weight": up}
+            continue
+        (original,) = renamed(TRANSFORMER, {f"{layer}.weight": up}, 2)
+        original = original.removesuffix(".weight")
+        called = f"lora_unet_{original.replace('.', '_')}" if style == "kohya" else f"diffusion_model.{original}"
+        found |= {f"{called}.lora_down.weight": down, f"{called}.lora_up.weight": up}
+        found[f"{called}.alpha"] = torch.tensor(2.0)
+    return found
+
+
+@pytest.mark.parametrize("style", ["diffusers", "original", "kohya"])
+def test_adapters_are_merged_as_diffusers_fuses_them(
+    models: Mapping[str, Published], tmp_path: Path, style: str
+) -> None:
+    """1e-6: one product of rank 4 in float32, added in another order."""
+    model = models["wan2.1-t2v"]
+    file = tmp_path / "style.safetensors"
+    save_file(lora_of(model.theirs.transformer.state_dict(), style), file)
+    fused = pipeline("wan2.1-t2v")
+    fused.load_lora_weights(str(file), adapter_name="style")
+    fused.fuse_lora(lora_scale=0.8)
+    fused.unload_lora_weights()
+    wanted = renamed(TRANSFORMER, fused.transformer.state_dict(), 2)
+
+    ours = merged(open_wan(model.diffusers), [Lora.parse(f"{file}:0.8")]).materialised(tmp_path)
+
+    sources = TRANSFORMER.sources((n for n in ours.tensors if n.split(".")[0] in DENOISING), Layout.ORIGINAL, 2)
+    changed = 0
+    for name, theirs in sources.items():
+        expected = wanted[theirs].reshape(ours.tensors[name].shape)
+        torch.testing.assert_close(ours.read(name), expected, atol=1e-6, rtol=1e-6)
+        changed += ours.tensors[name].file == "made.safetensors"
+    assert changed == 2 * 10  # q, k, v, o twice and the FFN's two, in two blocks
+
+
+def test_several_adapters_add_up_and_differences_are_whole(models: Mapping[str, Published], tmp_path: Path) -> None:
+    checkpoint, file = open_wan(models["wan2.2-t2v-a14b"].diffusers), tmp_path / "diff.safetensors"
+    name = "blocks.0.self_attn.q"
+    shape = checkpoint.tensors["denoiser.blocks.0.self_attention.q.weight"].shape
+    save_file(
+        {f"diffusion_model.{name}.diff": torch.ones(shape), f"diffusion_model.{name}.diff_b": torch.ones(shape[0])},
+        file,
+    )
+
+    loras = [Lora.parse(str(file)), Lora.parse(f"{file}:-0.25"), Lora.parse(f"{file}:0.5:low")]
+    ours = merged(checkpoint, loras).materialised(tmp_path)
+
+    for expert, added in (("", 0.75), ("_low", 1.25)):
+        for parameter in ("weight", "bias"):
+            key = f"denoiser{expert}.blocks.0.self_attention.q.{parameter}"
+            torch.testing.assert_close(ours.read(key) - checkpoint.read(key), torch.full_like(ours.read(key), added))
+
+
+@pytest.mark.parametrize(
+    ("key", "shape", "message"),
+    [
+        (
+            "transformer.blocks.9.attn1.to_q.lora_A.weight",
+            (4, 48),
+            r"not its parameters: transformer.blocks.9.attn1.to_q",
+        ),
+        ("transformer.blocks.0.attn1.to_q.lora_A.weight", (4, 48), r"to_q.lora_A.weight; of another shape: none"),
+        ("lora_unet_blocks_0_ffn_0.diff_b", (3,), r"of another shape: denoiser.blocks.0.ffn.0.bias"),
+    ],
+)
+def test_adapters_must_fit(
+    models: Mapping[str, Published], tmp_path: Path, key: str, shape: tuple[int, ...], message: str
+) -> None:
+    save_file({key: torch.zeros(shape)}, tmp_path / "a.safetensors")
+    with pytest.raises(UserError, match=message):
+        merged(open_wan(models["wan2.1-t2v"].diffusers), [Lora.parse(f"{tmp_path / 'a.safetensors'}:1")])
+
+
+def test_adapters_are_named_with_a_scale() -> None:
+    assert Lora.parse("a.safetensors") == Lora(Path("a.safetensors"), 1.0, None)
+    assert Lora.parse("b:c.safetensors:0.5:low") == Lora(Path("b:c.safetensors"), 0.5, "low")
+    for text in ("a:b", "a:nan", ":1"):
+        with pytest.raises(UserError, match="--lora"):
+            Lora.parse(text)
+
+
+@pytest.mark.parametrize("layout", ["diffusers", "original"])
+def test_damaged_folders_are_refused(models: Mapping[str, Published], tmp_path: Path, layout: str) -> None:
+    """One message names what is missing, unknown and wrongly shaped."""
+    source = getattr(models["wan2.1-i2v"], layout)
+    folder = Path(shutil.copytree(source, tmp_path / "wan"))
+    inside = folder / "transformer" if layout == "diffusers" else folder
+    for index in inside.glob("*.index.json"):
+        index.unlink()
+    shards = {path: load_file(path) for path in inside.glob("*.safetensors")}
+    shard, weights = max(shards.items(), key=lambda item: len(item[1]))
+    names = sorted(name for name in weights if name.startswith("blocks."))
+    del weights[names[0]]
+    weights["extra.weight"] = torch.zeros(2)
+    weights[names[1]] = torch.zeros(3, 3)
+    save_file(weights, shard)
+
+    with pytest.raises(UserError) as error:
+        open_wan(folder)
+    told = str(error.value)
+    assert f"missing: {names[0]}" in told and "unknown: extra.weight" in told and f"{names[1]} is [3, 3]" in told
+
+
+def test_a_pickled_program_is_refused(models: Mapping[str, Published], tmp_path: Path) -> None:
+    folder = Path(shutil.copytree(models["wan2.1-t2v"].original, tmp_path / "wan"))
+    text = folder / "models_t5_umt5-xxl-enc-bf16.pth"
+    torch.save({"weight": Path("/")}, text)
+    with pytest.raises(UserError, match="is not a usable file of weights"):
+        open_wan(folder)
+    text.write_bytes(text.read_bytes()[:100])
+    with pytest.raises(UserError, match="is not a usable file of weights"):
+        open_wan(folder)
+    text.unlink()
+    with pytest.raises(UserError, match=r"must have one file models_t5_\*.pth, has none"):
+        open_wan(folder)
+
+
+def test_ids_are_those_of_transformers(models: Mapping[str, Published]) -> None:
+    """In many languages, after diffusers' own clean-up, padded to 512."""
+    from diffusers.pipelines.wan.pipeline_wan import prompt_clean
+
+    model = models["wan2.1-t2v"]
+    odd = [
+        "  two  spaces\u3000and\ttabs\n",
+        "a &amp;amp; b &lt;i&gt;",
+        "\u201ccurly\u201d \u2018quotes\u2019 \ufb01ne",
+        "schÃ¶n",
+        "",
+        "e\u0301",
+    ]
+    prompts = [*TEXTS, *odd]
+    assert [clean(p) for p in prompts] == [prompt_clean(p) for p in prompts]
+
+    wanted = model.theirs.tokenizer(
+        [prompt_clean(p) for p in prompts], padding="max_length", max_length=512, return_tensors="np"
+    )
+    ids, mask = model.ours.tokenizer(prompts)
+
+    np.testing.assert_array_equal(ids, wanted["input_ids"])
+    np.testing.assert_array_equal(mask, wanted["attention_mask"])
+
+
+def test_a_model_for_pictures_needs_one(models: Mapping[str, Published]) -> None:
+    request = _request(48, 48, 5, None)
+    with pytest.raises(UserError, match=r"wan2\.1-i2v makes clips of pictures or of other clips; give one"):
+        models["wan2.1-i2v"].ours.prepare(request)
+    with pytest.raises(UserError, match="has one denoiser; guidance_low is for models of two"):
+        models["wan2.1-t2v"].ours.prepare(dataclasses.replace(request, guidance_low=2.0))
