@@ -158,7 +158,8 @@ def keys_and_values(
 ) -> tuple[Tensor, Tensor]:
     """What each block's cross-attention reads of x [B,L,width]: [blocks,B,heads,L,D] twice."""
     keys = [split_heads(norm(key(x)), heads) for key, norm in zip(k, norm_k, strict=True)]
-    return torch.stack(keys), torch.stack([split_heads(value(x), heads) for value in v])
+    values = [split_heads(value(x), heads) for value in v]
+    return torch.stack(keys), torch.stack(values)
 
 
 class Conditioner(nn.Module):

@@ -117,8 +117,8 @@ class _Building:
         try:
             self._plan.parent.mkdir(parents=True, exist_ok=True)
             self._folder = Path(tempfile.mkdtemp(prefix=".", dir=bundle.folder / FOLDER))
-            weights = [(name, bundle.path(name)) for name in bundle.manifest.weights]
-            for name, file in ((GRAPH, bundle.graph(job.component)), *weights):
+            files = {name: bundle.path(name) for name in bundle.manifest.weights}
+            for name, file in (files | {str(GRAPH): bundle.graph(job.component)}).items():
                 (self._folder / name).symlink_to(file.resolve())
         except OSError as error:
             raise UserError(

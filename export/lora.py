@@ -17,6 +17,7 @@ import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
 from safetensors import safe_open
 from torch import Tensor
@@ -177,11 +178,11 @@ class _Alphas:
         with safe_open(path, "pt") as file:
             text = (file.metadata() or {}).get("lora_adapter_metadata", "{}")
         try:
-            self._told = dict(json.loads(text))
+            self._told: dict[str, Any] = dict(json.loads(text))
         except (ValueError, TypeError) as error:
             raise UserError(f"the metadata of {path} is not JSON: {error}") from error
 
     def of(self, layer: str, rank: int) -> float:
         part, _, name = layer.partition(".")
         patterns = self._told.get(f"{part}.alpha_pattern") or {}
-        return float(patterns.get(name, self._told.get(f"{part}.lora_alpha", rank)))
+        return float(patterns.get(name, self._told.get(f"{part}.lora_alpha") or rank))

@@ -14,9 +14,9 @@ from contextlib import contextmanager
 import onnx_ir as ir
 import torch
 
-from .checkpoint import StoredTensor
 from .components import Component
 from .passes import optimize
+from .storage import StoredTensor
 
 OPSET = 23
 TRACED = {"B": 2, "N": 36, "L": 16, "h": 6, "w": 8, "t": 3}  # none is 0 or 1, which tracing would take for constants

@@ -128,6 +128,7 @@ def _parts(release: Release, spec: ModelSpec, expected: Collection[str]) -> Iter
     yield named(release.text_encoder, TEXT_ENCODER, spec.text_encoder.depth, "text_encoder")
     if spec.image_encoder is not None and release.image_encoder is not None:
         yield named(release.image_encoder, IMAGE_ENCODER, spec.image_encoder.depth, "image_encoder")
+    assert isinstance(spec.vae, WanVaeSpec)
     vae = wan_vae_names.published(spec.vae, VAE_LAYOUTS[release.layout])
     sources = {f"vae.{name}": theirs.name for name, theirs in vae.items()}
     yield release.vae, list(sources), sources, ()

@@ -71,7 +71,7 @@ def shown_mask(spec: ModelSpec, known: Mask) -> NDArray[np.float32]:
     """
     step, side = frames_step(spec), spec.vae.spatial_factor
     frames, height, width = known.shape
-    cells = known.reshape(frames, height // side, side, width // side, side).all(axis=(2, 4))
+    cells = np.asarray(known.reshape(frames, height // side, side, width // side, side).all(axis=(2, 4)))
     padded = np.concatenate([np.repeat(cells[:1], step - 1, axis=0), cells])
     return padded.reshape(-1, step, *cells.shape[1:]).swapaxes(0, 1).astype(np.float32)
 
