@@ -109,7 +109,8 @@ def _release(loaded: dict[str, TensorRtEngine], workspaces: dict[str, Workspaces
 
 def _stays(component: str, output: str) -> bool:
     """Whether an output is only ever another engine's input, so that it need not leave the device."""
-    return component == "text_encoder" or output.startswith(("cross_", "image_k", "image_v", "next_cache_"))
+    conditioning = component.startswith(("text_encoder", "conditioner", "image_conditioner"))
+    return conditioning or output.startswith("next_cache_")
 
 
 class _Engine:

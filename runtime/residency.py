@@ -7,8 +7,10 @@ and a sentence that says so. All engines share one scratch memory; weights and s
 from __future__ import annotations
 
 import math
+import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 
 from .bundle import Component, sizes
 from .dtypes import DTYPES
@@ -17,6 +19,7 @@ from .memory import MemoryInfo
 from .plans import PlanRecord
 
 RESERVED = 1 << 29  # bytes for contexts, the code of kernels and the sampler's state
+HOST_BYTES = 4  # of a weight: ONNX Runtime holds float32
 PARTS = {
     "text encoder": ("text_encoder", "conditioner", "conditioner_low"),
     "image encoder": ("image_encoder", "image_conditioner"),
@@ -57,16 +60,37 @@ def footprint(component: Component, record: PlanRecord) -> Footprint:
     return Footprint(record.measured.weights_bytes, max(buffers), max(record.measured.activation_bytes))
 
 
+def plan_host_residency(components: Mapping[str, Component]) -> Residency:
+    """As `plan_residency`, for engines of this machine's memory, which hold float32 weights and are never refused."""
+    footprints = {name: Footprint(HOST_BYTES * each.parameters, 0, 0) for name, each in components.items()}
+    memory = _host_memory()
+    try:
+        return plan_residency(footprints, memory, "this machine")
+    except UserError as error:
+        return Residency(tuple(_parts(footprints).values()), f"{error}; memory may run out")
+
+
+def _host_memory() -> MemoryInfo:
+    """What is there without swapping; all of it where the system does not say how much is free."""
+    total = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    try:
+        lines = Path("/proc/meminfo").read_text().splitlines()
+        return MemoryInfo(next(1024 * int(line.split()[1]) for line in lines if line.startswith("MemAvailable")), total)
+    except (OSError, StopIteration):
+        return MemoryInfo(total, total)
+
+
+def _parts(footprints: Mapping[str, Footprint]) -> dict[str, tuple[str, ...]]:
+    found = {part: tuple(name for name in names if name in footprints) for part, names in PARTS.items()}
+    return {part: names for part, names in found.items() if names}
+
+
 def plan_residency(footprints: Mapping[str, Footprint], memory: MemoryInfo, device: str) -> Residency:
     """The fewest groups that fit into the free memory: all at once, without the text encoder, or part by part.
 
     Raises UserError when a part does not fit by itself.
     """
-    parts = {
-        part: tuple(name for name in names if name in footprints)
-        for part, names in PARTS.items()
-        if any(name in footprints for name in names)
-    }
+    parts = _parts(footprints)
     text, everything = parts["text encoder"], tuple(footprints)
     rest = tuple(name for name in everything if name not in text)
     free = memory.free - RESERVED
