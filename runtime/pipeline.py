@@ -16,7 +16,7 @@ from typing import Any, Self
 import numpy as np
 from numpy.typing import NDArray
 
-from . import kernels
+from . import kernels, vae
 from .bundle import TOKENIZER, Bundle
 from .canvas import Canvas
 from .errors import Cancelled, UserError
@@ -29,11 +29,9 @@ from .schedule import LEVELS, Schedule, make_inversion, make_schedule, time_feat
 from .strict import require
 from .targets import AUTO, Choice, Engines, open_engines
 from .text import PromptTokenizer
+from .vae import Frames
 
 Float32 = NDArray[np.float32]
-Frames = NDArray[np.uint8]  # [T,H,W,3]
-
-CHUNK = 4  # latent frames that the VAE sees at a time
 
 
 class Pipeline:
@@ -151,13 +149,13 @@ class Pipeline:
 
     def _sized(self, request: Request, latents: Float32) -> Request:
         """A request for a clip of these latents [C,T',H',W']."""
-        vae = self.spec.vae
+        sizes = self.spec.vae
         _, frames, height, width = latents.shape
         return dataclasses.replace(
             request,
-            frames=1 + (frames - 1) * vae.temporal_factor,
-            height=height * vae.spatial_factor,
-            width=width * vae.spatial_factor,
+            frames=1 + (frames - 1) * sizes.temporal_factor,
+            height=height * sizes.spatial_factor,
+            width=width * sizes.spatial_factor,
         )
 
     def _pack(self, latents: Float32) -> Float32:
@@ -256,12 +254,7 @@ class Pipeline:
 
     def decode_latent(self, latent: Float32) -> Iterator[Frames]:
         """Yields the frames of a normalised latent [C,T',H',W'], a few at a time."""
-        results = self.engines["vae_decoder_first"]({"latents": latent[None, :, :1]})
-        yield _to_frames(results.pop("pixels"))
-        for start in range(1, latent.shape[1], CHUNK):
-            chunk = latent[None, :, start : start + CHUNK]
-            results = self.engines["vae_decoder"]({"latents": chunk, **_caches(results)})
-            yield _to_frames(results.pop("pixels"))
+        return vae.decode(self.spec.vae, self.engines, latent)
 
     def encode(self, frames: Frames, known: NDArray[np.bool_] | None = None) -> Float32:
         """Frames uint8 [1 + 4k,H,W,3] (for the embedded model) -> normalised latent [C,T',H',W'], a few at a time.
@@ -270,18 +263,10 @@ class Pipeline:
         Raises UserError as `geometry.plan` for a size that the model does not have.
         """
         plan(self.spec, frames.shape[2], frames.shape[1], len(frames))
-        step = self.spec.vae.temporal_factor * CHUNK
-
-        def pixels(part: slice) -> Float32:
-            return _to_pixels(frames[part], None if known is None else known[part])
-
-        results = self.engines["vae_encoder_first"]({"pixels": pixels(slice(1))})
-        latents = [results.pop("latents")]
-        for start in range(1, len(frames), step):
-            chunk = pixels(slice(start, start + step))
-            results = self.engines["vae_encoder"]({"pixels": chunk, **_caches(results)})
-            latents.append(results.pop("latents"))
-        return np.concatenate(latents, axis=2)[0]
+        if known is None:
+            return vae.encode(self.spec.vae, self.engines, frames)
+        pixels = frames.astype(np.float32) / np.float32(127.5) - 1
+        return vae.encode(self.spec.vae, self.engines, pixels * known[..., None])
 
     def _conditions(self, settings: Settings, canvas: Canvas | None) -> Callable[[str], dict[str, Any]]:
         """What an expert's denoiser reads of the prompt, the negative prompt if guided, and the canvas's pictures.
@@ -327,20 +312,3 @@ def _zeros(shape: tuple[int, ...]) -> Float32:
     array = kernels.empty(shape, np.float32)
     array.fill(0)
     return array
-
-
-def _caches(results: dict[str, Any]) -> dict[str, Any]:
-    """The caches that one chunk left, as the next chunk's inputs."""
-    return {name.removeprefix("next_"): cache for name, cache in results.items()}
-
-
-def _to_pixels(frames: Frames, known: NDArray[np.bool_] | None) -> Float32:
-    """uint8 [T,H,W,3] -> float [1,3,T,H,W] in [-1,1], 0 where not known."""
-    pixels = frames.transpose(3, 0, 1, 2)[None].astype(np.float32) / np.float32(127.5) - 1
-    return np.ascontiguousarray(pixels if known is None else pixels * known)
-
-
-def _to_frames(pixels: Float32) -> Frames:
-    """Float [1,3,T,H,W] in [-1,1] -> uint8 [T,H,W,3]."""
-    scaled = np.clip((pixels[0] + 1) * 127.5, 0, 255)
-    return np.ascontiguousarray(np.rint(scaled).astype(np.uint8).transpose(1, 2, 3, 0))

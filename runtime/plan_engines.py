@@ -23,6 +23,7 @@ from .profiles import Profile, nearest, select
 from .residency import Residency
 from .session import Session
 from .tensorrt import TensorRt, TensorRtEngine
+from .tiles import tile_size
 
 DENOISER = "denoiser"  # how the name of a component begins that takes steps
 
@@ -51,7 +52,7 @@ class PlanEngines(Resource):
     def check(self, geometry: Geometry, batch: int) -> None:
         """Raises UserError, with the nearest shape, for a clip that no profile takes."""
         profiles = {name: self.profiles(name) for name in self._plans}
-        _, rows, columns = geometry.latent
+        rows, columns = tile_size(self._bundle.spec.vae, *geometry.latent[1:])
         tokens = {"N": geometry.tokens}
         clip = f"{geometry.width}x{geometry.height} with {geometry.frames} frames"
         inside = select(profiles["vae_decoder"], {"h": rows, "w": columns}) is not None
@@ -119,6 +120,9 @@ class _Engine:
 
     def __call__(self, inputs: Arrays) -> dict[str, Any]:
         return self._engines.run(self._name, inputs)
+
+    def advance(self, inputs: Arrays) -> dict[str, Any]:
+        return self(inputs)
 
     def bind(self, inputs: Arrays, outputs: Arrays) -> Binding:
         return _Binding(self, inputs, outputs)

@@ -203,6 +203,10 @@ class WanVaeSpec(VaeSpec):
             len(self.decoder_widths) == len(self.widths),
             f"vae.decoder_widths needs {len(self.widths)} entries, as vae.widths, has {len(self.decoder_widths)}",
         )
+        require(
+            not self.shortcuts or self.widths[-2:-1] in ((), self.widths[-1:]),
+            f"vae.widths must end with the same number twice where there are shortcuts, ends with {self.widths[-2:]}",
+        )
 
 
 @dataclass(frozen=True)

@@ -50,6 +50,8 @@ class TorchEngine:
         results = self._component.run({name: torch.from_numpy(value) for name, value in inputs.items()})
         return {name: r.numpy() for name, r in zip(self._component.outputs, results, strict=True)}
 
+    advance = __call__
+
     def bind(self, inputs: Mapping[str, Any], outputs: Mapping[str, Any]) -> SimpleNamespace:
         return SimpleNamespace(run=lambda: np.copyto(outputs["velocity"], self(inputs)["velocity"]))
 
