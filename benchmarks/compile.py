@@ -61,7 +61,9 @@ def spec_of(size: str) -> ModelSpec:
             buckets=32,
             max_distance=128,
             length=512,
+            cleaned=False,
         ),
+        image_encoder=None,
         denoiser=DenoiserSpec(
             latent_channels=16,
             patch=(1, 2, 2),
@@ -72,8 +74,12 @@ def spec_of(size: str) -> ModelSpec:
             coordinates=False,
             pooled_text=False,
             two_levels=False,
+            mask_channels=0,
+            image=None,
+            channels_last=True,
             **SIZES[size],
         ),
+        boundary=None,
         vae=VaeSpec(
             latent_channels=16,
             pixel_patch=2,
@@ -83,9 +89,11 @@ def spec_of(size: str) -> ModelSpec:
             decoder_blocks=1,
             latent_mean=(0.0,) * 16,
             latent_std=(1.0,) * 16,
+            chunk=4,
+            tile=1024,
         ),
         captioner=None,
-        defaults=Defaults(832, 480, 81, steps=50, guidance=5.0, sampler="unipc", shift=5.0, negative_prompt=""),
+        defaults=Defaults(832, 480, 81, 50, 5.0, guidance_low=None, sampler="unipc", shift=5.0, negative_prompt=""),
     )
 
 
@@ -118,8 +126,8 @@ def write_bundle(folder: Path) -> None:
     components = write_graphs(checkpoint, folder)
     names = sorted({WEIGHTS, TOKENIZER, *(component.graph for component in components.values())})
     files = {name: record(folder / name) for name in names}
-    key = content_key(checkpoint.spec, files)
-    write_manifest(folder, Manifest(SCHEMA, key, {}, ("cpu",), checkpoint.spec, components, files, ()))
+    key = content_key(checkpoint.spec, components, files[TOKENIZER])
+    write_manifest(folder, Manifest(SCHEMA, key, {}, ("cpu",), checkpoint.spec, components, (WEIGHTS,), files, ()))
 
 
 def cpu_seconds() -> float:

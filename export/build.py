@@ -6,10 +6,11 @@ renamed.
 
 from __future__ import annotations
 
+import hashlib
 import os
 import shutil
 import tempfile
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import onnx_ir as ir
@@ -18,9 +19,9 @@ import torch
 from tubelet.runtime.bundle import (
     SCHEMA,
     TOKENIZER,
-    WEIGHTS,
     Bundle,
     Component,
+    FileRecord,
     Manifest,
     content_key,
     record,
@@ -28,41 +29,59 @@ from tubelet.runtime.bundle import (
 )
 from tubelet.runtime.errors import UserError
 
-from .checkpoint import Checkpoint
+from .checkpoint import SPEC, Checkpoint
 from .components import build_modules, components
+from .lora import Lora, merged
 from .parity import measure
+from .published import is_published
+from .storage import digest
 from .trace import trace
+from .wan import open_wan
+
+Report = Callable[[str], None]
 
 
-def build(source: Path, output: Path, on_stage: Callable[[str], None] = lambda stage: None) -> Bundle:
-    """Exports the checkpoint `source` to the bundle `output` and measures its parity.
+def build(
+    source: Path,
+    output: Path,
+    loras: Sequence[Lora] = (),
+    copy: bool = False,
+    on_stage: Report = lambda stage: None,
+) -> Bundle:
+    """Exports the checkpoint `source`, with adapters merged, to the bundle `output` and measures its parity.
 
-    Raises UserError when the checkpoint is unreadable, its parameters do not fit its spec, or `output` exists or cannot
-    be written.
+    The bundle's weights are hard links to the checkpoint's files, or with `copy` copies of them. Raises UserError when
+    the checkpoint is unreadable, its parameters do not fit its spec, or `output` exists or cannot be written.
     """
     if output.exists():
         raise UserError(f"{output} exists; remove it or choose another folder")
     if not output.parent.is_dir():
         raise UserError(f"{output.parent} is not a folder; create it first")
-    checkpoint = Checkpoint.open(source)
+    on_stage("read the checkpoint")
+    checkpoint = merged(open_checkpoint(source), loras)
     try:
         partial = Path(tempfile.mkdtemp(prefix=f".{output.name}.", dir=output.parent))
     except OSError as error:
         raise UserError(f"cannot write to {output.parent}: {error.strerror}; choose a writable folder") from error
     try:
+        on_stage("merge")
+        checkpoint = checkpoint.materialised(partial)
+        for name, path in checkpoint.files.items():
+            if path.parent != partial:
+                _place(path, partial / name, copy)
+        shutil.copyfile(checkpoint.tokenizer, partial / TOKENIZER)
         graphs = write_graphs(checkpoint, partial, on_stage)
-        for name in (WEIGHTS, TOKENIZER):
-            shutil.copyfile(source / name, partial / name)
         on_stage("measure parity")
         parity = measure(checkpoint, partial)
-        files = {path.name: record(path) for path in sorted(partial.iterdir())}
+        files = _records(partial, on_stage)
         manifest = Manifest(
             schema=SCHEMA,
-            key=content_key(checkpoint.spec, files),
+            key=content_key(checkpoint.spec, graphs, files[TOKENIZER]),
             provenance={"torch": torch.__version__.split("+")[0], "onnx_ir": ir.__version__},
             targets=("cpu",),
             spec=checkpoint.spec,
             components=graphs,
+            weights=tuple(checkpoint.files),
             files=files,
             parity=tuple(parity),
         )
@@ -76,25 +95,65 @@ def build(source: Path, output: Path, on_stage: Callable[[str], None] = lambda s
     return Bundle.open(output)
 
 
-def write_graphs(
-    checkpoint: Checkpoint, folder: Path, on_stage: Callable[[str], None] = lambda stage: None
-) -> dict[str, Component]:
+def open_checkpoint(folder: Path) -> Checkpoint:
+    """Reads a checkpoint in tubelet's own layout or in one of the published ones."""
+    own = (folder / SPEC).is_file() or not is_published(folder)
+    return Checkpoint.open(folder) if own else open_wan(folder)
+
+
+def _place(source: Path, target: Path, copy: bool) -> None:
+    """Puts a file of weights into the bundle. Raises UserError where it cannot be linked."""
+    if copy:
+        shutil.copyfile(source, target)
+        return
+    try:
+        os.link(source.resolve(), target)
+    except OSError as error:
+        raise UserError(
+            f"cannot link {source} into {target.parent.parent}: {error.strerror}; write the bundle to the same file "
+            "system, or copy with --copy"
+        ) from error
+
+
+def _records(folder: Path, on_stage: Report) -> dict[str, FileRecord]:
+    files = {}
+    for path in sorted(folder.iterdir()):
+        on_stage(f"hash {path.name}")
+        files[path.name] = record(path)
+    return files
+
+
+def write_graphs(checkpoint: Checkpoint, folder: Path, on_stage: Report = lambda stage: None) -> dict[str, Component]:
     """Traces every component into `folder`; needs memory for graphs, not for weights."""
     with torch.device("meta"):
         modules = build_modules(checkpoint.spec)
-    checkpoint.check(
-        {f"{prefix}.{name}": t.shape for prefix, module in modules.items() for name, t in module.state_dict().items()}
-    )
-    written = {}
+    written, digests = {}, dict[str, str]()
     for component in components(checkpoint.spec, modules):
         on_stage(f"trace {component.name}")
-        graph = trace(component, checkpoint.tensors)
-        ir.save(graph, folder / f"{component.name}.onnx")
-        constants = [value.const_value for value in graph.graph.initializers.values()]
+        model = trace(component, checkpoint.tensors)
+        ir.save(model, folder / f"{component.name}.onnx")
+        constants = [value.const_value for value in model.graph.initializers.values()]
+        weights = {str(c.name): int(c.size) for c in constants if isinstance(c, ir.ExternalTensor)}
+        on_stage(f"hash the weights of {component.name}")
+        for name in weights.keys() - digests.keys():
+            stored = checkpoint.tensors[name]
+            digests[name] = (
+                f"{name} {stored.dtype} {list(stored.shape)} {digest(checkpoint.files[stored.file], stored)}"
+            )
         written[component.name] = Component(
             graph=f"{component.name}.onnx",
-            parameters=sum(int(c.size) for c in constants if isinstance(c, ir.ExternalTensor)),
+            graph_digest=_graph_digest(model),
+            weights_digest=hashlib.sha256("\n".join(digests[name] for name in sorted(weights)).encode()).hexdigest(),
+            parameters=sum(weights.values()),
             inputs={name: port.shape for name, port in component.inputs.items()},
             outputs={name: port.shape for name, port in component.outputs.items()},
         )
     return written
+
+
+def _graph_digest(model: ir.Model) -> str:
+    """SHA-256 of a graph, apart from where its weights are stored."""
+    proto = ir.to_proto(model)
+    for tensor in proto.graph.initializer:
+        del tensor.external_data[:]
+    return hashlib.sha256(proto.SerializeToString(deterministic=True)).hexdigest()

@@ -6,6 +6,7 @@ graph. `trace.py` turns them into ONNX, `parity.py` runs them beside the compile
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Mapping
 from dataclasses import dataclass
 
@@ -13,10 +14,11 @@ import torch
 from torch import Tensor, nn
 
 from tubelet.runtime.bundle import Extents, Shape, sizes
-from tubelet.runtime.spec import CaptionerSpec, DenoiserSpec, ModelSpec
+from tubelet.runtime.spec import CaptionerSpec, DenoiserSpec, ImageEncoderSpec, ModelSpec, VaeSpec
 
 from .captioner import Captioner, CaptionerMemory
-from .dit import Conditioner, Denoiser
+from .dit import Conditioner, Denoiser, ImageConditioner
+from .image_encoder import ImageEncoder
 from .text_encoder import TextEncoder
 from .vae import Vae
 
@@ -39,20 +41,35 @@ class Port:
 class Component:
     name: str
     weights: str  # what precedes the name of its parameters in the checkpoint
-    module: nn.Module  # takes the inputs in order, returns a tensor or a tuple
+    module: nn.Module  # takes the inputs by name or in order, returns a tensor or a tuple
     inputs: Mapping[str, Port]
     outputs: Mapping[str, Port]
     shapes: tuple[Extents, ...]  # on which parity is measured
+
+    @property
+    def by_name(self) -> bool:
+        """Whether `forward` has a parameter of its own for every input."""
+        return set(self.inputs) <= set(inspect.signature(self.module.forward).parameters)
+
+    def run(self, inputs: Mapping[str, Tensor]) -> tuple[Tensor, ...]:
+        """The module's outputs."""
+        results = self.module(**inputs) if self.by_name else self.module(*inputs.values())
+        return (results,) if isinstance(results, Tensor) else tuple(results)
 
 
 def build_modules(spec: ModelSpec) -> dict[str, nn.Module]:
     """Every module that holds parameters, by its prefix in the checkpoint."""
     modules: dict[str, nn.Module] = {
         "text_encoder": TextEncoder(spec.text_encoder),
-        "conditioner": Conditioner(spec.denoiser),
-        "denoiser": Denoiser(spec.denoiser),
         "vae": Vae(spec.vae),
     }
+    if spec.image_encoder is not None:
+        modules["image_encoder"] = ImageEncoder(spec.image_encoder)
+    for expert in spec.experts:
+        modules[f"conditioner{expert}"] = Conditioner(spec.denoiser)
+        modules[f"denoiser{expert}"] = Denoiser(spec.denoiser)
+        if spec.denoiser.image is not None:
+            modules[f"image_conditioner{expert}"] = ImageConditioner(spec.denoiser, spec.denoiser.image)
     if spec.captioner is not None:
         modules |= {"captioner_memory": CaptionerMemory(spec.captioner), "captioner": Captioner(spec.captioner)}
     return {name: module.eval() for name, module in modules.items()}
@@ -65,12 +82,6 @@ def components(spec: ModelSpec, modules: Mapping[str, nn.Module]) -> list[Compon
     mask = Port(("B", "L"), torch.int64, 2)
     texts = tuple({"B": b, "L": n} for b, n in ((2, length), (1, length), (3, 5)))
     embeddings = Port(("B", "L", spec.text_encoder.width))
-    cross = Port((spec.denoiser.depth, "B", spec.denoiser.heads, "L", spec.denoiser.head_size))
-    velocity = Port(("B", "N", spec.denoiser.token_values))
-    videos = tuple({"B": b, "N": n, "L": length} for b, n in ((2, 36), (1, 9), (2, 144), (1, 325)))
-    vae, scale = modules["vae"], spec.vae.spatial_factor
-    latents = Port(("B", spec.vae.latent_channels, "t", "h", "w"))
-    pixels = Port(("B", 3, f"{spec.vae.temporal_factor}*t", f"{scale}*h", f"{scale}*w"))
     return [
         Component(
             "text_encoder",
@@ -80,26 +91,47 @@ def components(spec: ModelSpec, modules: Mapping[str, nn.Module]) -> list[Compon
             {"embeddings": embeddings},
             texts,
         ),
-        Component(
-            "conditioner",
-            "conditioner.",
-            modules["conditioner"],
-            {"embeddings": embeddings},
-            {"cross_k": cross, "cross_v": cross},
-            texts,
-        ),
-        Component(
-            "denoiser",
-            "denoiser.",
-            modules["denoiser"],
-            _denoiser_inputs(spec.denoiser, cross),
-            {"velocity": velocity},
-            videos,
-        ),
-        *_vae_half("vae_decoder", VaeStep(vae, "decode"), ("latents", latents), ("pixels", pixels)),
-        *_vae_half("vae_encoder", VaeStep(vae, "encode"), ("pixels", pixels), ("latents", latents)),
+        *(_image_encoder(spec.image_encoder, modules) if spec.image_encoder is not None else ()),
+        *(each for expert in spec.experts for each in _expert(spec.denoiser, length, modules, expert)),
+        *vae_components(spec.vae, modules["vae"]),
         *(_captioner(spec.captioner, modules) if spec.captioner is not None else ()),
     ]
+
+
+def _image_encoder(spec: ImageEncoderSpec, modules: Mapping[str, nn.Module]) -> list[Component]:
+    return [
+        Component(
+            "image_encoder",
+            "image_encoder.",
+            modules["image_encoder"],
+            {"pixels": Port(("B", 3, spec.size, spec.size))},
+            {"image_embeddings": Port(("B", spec.tokens, spec.width))},
+            ({"B": 1}, {"B": 2}),
+        )
+    ]
+
+
+def _expert(spec: DenoiserSpec, length: int, modules: Mapping[str, nn.Module], expert: str) -> list[Component]:
+    """A denoiser and what makes its keys and values, of text and of pictures."""
+
+    def component(name: str, inputs: dict[str, Port], outputs: dict[str, Port], *shapes: Extents) -> Component:
+        name += expert
+        return Component(name, f"{name}.", modules[name], inputs, outputs, shapes)
+
+    cross = _keys(spec, "L")
+    texts = [{"B": b, "L": n} for b, n in ((2, length), (1, length), (3, 5))]
+    videos = [{"B": b, "N": n, "L": length} for b, n in ((2, 36), (1, 9), (2, 144), (1, 325))]
+    embeddings, velocity = Port(("B", "L", spec.text_width)), Port(("B", "N", spec.token_values))
+    made = [component("conditioner", {"embeddings": embeddings}, {"cross_k": cross, "cross_v": cross}, *texts)]
+    if spec.image is not None:
+        keys, shown = _keys(spec, spec.image.tokens), Port(("B", spec.image.tokens, spec.image.width))
+        outputs = {"image_k": keys, "image_v": keys}
+        made.append(component("image_conditioner", {"image_embeddings": shown}, outputs, {"B": 1}, {"B": 2}))
+    return [*made, component("denoiser", _denoiser_inputs(spec, cross), {"velocity": velocity}, *videos)]
+
+
+def _keys(spec: DenoiserSpec, length: int | str) -> Port:
+    return Port((spec.depth, "B", spec.heads, length, spec.head_size))
 
 
 def _denoiser_inputs(spec: DenoiserSpec, cross: Port) -> dict[str, Port]:
@@ -112,7 +144,11 @@ def _denoiser_inputs(spec: DenoiserSpec, cross: Port) -> dict[str, Port]:
         "cross_k": cross,
         "cross_v": cross,
     }
-    return inputs | {"known": Port(("B", "N"), below=2)} if spec.two_levels else inputs
+    if spec.two_levels:
+        inputs["known"] = Port(("B", "N"), below=2)
+    if spec.image is not None:
+        inputs["image_k"] = inputs["image_v"] = _keys(spec, spec.image.tokens)
+    return inputs
 
 
 def _captioner(spec: CaptionerSpec, modules: Mapping[str, nn.Module]) -> list[Component]:
@@ -154,6 +190,17 @@ class VaeStep(nn.Module):
     def forward(self, x: Tensor, *caches: Tensor) -> tuple[Tensor, ...]:
         result, following = getattr(self.vae, self.method)(x, caches or None)
         return result, *following
+
+
+def vae_components(spec: VaeSpec, vae: nn.Module) -> list[Component]:
+    """Both halves, each as a clip's first frame and the chunks after it."""
+    scale = spec.spatial_factor
+    latents = Port(("B", spec.latent_channels, "t", "h", "w"))
+    pixels = Port(("B", 3, f"{spec.temporal_factor}*t", f"{scale}*h", f"{scale}*w"))
+    return [
+        *_vae_half("vae_decoder", VaeStep(vae, "decode"), ("latents", latents), ("pixels", pixels)),
+        *_vae_half("vae_encoder", VaeStep(vae, "encode"), ("pixels", pixels), ("latents", latents)),
+    ]
 
 
 def _vae_half(name: str, step: nn.Module, source: tuple[str, Port], result: tuple[str, Port]) -> list[Component]:

@@ -2,7 +2,8 @@
 
 Flows in: noisy tokens, features of the noise level, rotary tables and the text's keys and values. Flows out: the
 velocity (noise - clean) of every token. Knows nothing of frames, rows and columns: those live in the rotary tables
-and in the tokens' conditioning columns. The text side that does not change from step to step is the Conditioner.
+and in the tokens' conditioning columns. What does not change from step to step, of text and of pictures, is made by the
+Conditioner and the ImageConditioner.
 """
 
 from __future__ import annotations
@@ -11,7 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from tubelet.runtime.spec import DenoiserSpec
+from tubelet.runtime.spec import DenoiserSpec, ImageAttentionSpec
 
 EPSILON = 1e-6
 
@@ -50,7 +51,7 @@ class SelfAttention(nn.Module):
 
 
 class CrossAttention(nn.Module):
-    """The query side; keys and values come from the Conditioner."""
+    """The query side; keys and values come from the Conditioner, and those of pictures from the ImageConditioner."""
 
     def __init__(self, spec: DenoiserSpec):
         super().__init__()
@@ -59,8 +60,11 @@ class CrossAttention(nn.Module):
         self.o = nn.Linear(spec.width, spec.width)
         self.norm_q = nn.RMSNorm(spec.width, eps=EPSILON)
 
-    def forward(self, x: Tensor, k: Tensor, v: Tensor) -> Tensor:
-        return self.o(attend(split_heads(self.norm_q(self.q(x)), self.heads), k, v))
+    def forward(self, x: Tensor, *sources: tuple[Tensor, Tensor]) -> Tensor:
+        """x [B,N,width]; of each source k and v [B,heads,L,D]. What is read from the sources adds up."""
+        q = split_heads(self.norm_q(self.q(x)), self.heads)
+        first, *others = (attend(q, k, v) for k, v in sources)
+        return self.o(sum(others, first))
 
 
 class Levels:
@@ -89,13 +93,19 @@ class Block(nn.Module):
         self.offset = nn.Parameter(torch.randn(6, spec.width) / spec.width**0.5)
 
     def forward(
-        self, x: Tensor, modulation: Tensor, levels: Levels, cos: Tensor, sin: Tensor, k: Tensor, v: Tensor
+        self,
+        x: Tensor,
+        modulation: Tensor,
+        levels: Levels,
+        cos: Tensor,
+        sin: Tensor,
+        *sources: tuple[Tensor, Tensor],
     ) -> Tensor:
-        """x [B,N,width], modulation [B,2,6,width], tables [N,D/2], k and v [B,heads,L,D]."""
+        """x [B,N,width], modulation [B,2,6,width], tables [N,D/2], of each source k and v [B,heads,L,D]."""
         parts = (modulation + self.offset).unbind(2)
         shift1, scale1, gate1, shift2, scale2, gate2 = (levels.select(part) for part in parts)
         x = x + gate1 * self.self_attention(self.norm1(x) * (1 + scale1) + shift1, cos, sin)
-        x = x + self.cross_attention(self.norm2(x), k, v)
+        x = x + self.cross_attention(self.norm2(x), *sources)
         return x + gate2 * self.ffn(self.norm3(x) * (1 + scale2) + shift2)
 
 
@@ -111,6 +121,7 @@ class Denoiser(nn.Module):
         self.norm_out = nn.LayerNorm(width, eps=EPSILON, elementwise_affine=False)
         self.offset_out = nn.Parameter(torch.randn(2, width) / width**0.5)
         self.project_out = nn.Linear(width, spec.token_values)
+        self.channels = spec.latent_channels if spec.channels_last else None
 
     def forward(
         self,
@@ -121,19 +132,34 @@ class Denoiser(nn.Module):
         cross_k: Tensor,
         cross_v: Tensor,
         known: Tensor | None = None,
+        image_k: Tensor | None = None,
+        image_v: Tensor | None = None,
     ) -> Tensor:
         """tokens [B,N,Pin], time_features [B,2,F], tables [N,D/2], cross_k and cross_v [blocks,B,heads,L,D],
-        known [B,N] of 0 and 1 -> velocity [B,N,Pout]."""
+        known [B,N] of 0 and 1, image_k and image_v [blocks,B,heads,M,D] -> velocity [B,N,Pout]."""
         levels = Levels(known)
         time = self.time_embedding(time_features)  # [B,2,width]
         if self.pooled_text is not None:
             time = time + self.pooled_text(cross_v[0].mean(dim=2).flatten(1))[:, None]
         modulation = self.time_projection(time).unflatten(-1, (6, -1))  # [B,2,6,width]
         x = self.embed(tokens)
+        pairs = [(cross_k, cross_v)]
+        if image_k is not None and image_v is not None:
+            pairs.append((image_k, image_v))
         for i, block in enumerate(self.blocks):
-            x = block(x, modulation, levels, rope_cos, rope_sin, cross_k[i], cross_v[i])
+            x = block(x, modulation, levels, rope_cos, rope_sin, *((k[i], v[i]) for k, v in pairs))
         shift, scale = (levels.select(part) for part in (time[:, :, None] + self.offset_out).unbind(2))
-        return self.project_out(self.norm_out(x) * (1 + scale) + shift)
+        x = self.project_out(self.norm_out(x) * (1 + scale) + shift)
+        return x if self.channels is None else x.unflatten(-1, (-1, self.channels)).transpose(-1, -2).flatten(-2)
+
+
+def keys_and_values(
+    x: Tensor, k: nn.ModuleList, v: nn.ModuleList, norm_k: nn.ModuleList, heads: int
+) -> tuple[Tensor, Tensor]:
+    """What each block's cross-attention reads of x [B,L,width]: [blocks,B,heads,L,D] twice."""
+    keys = [split_heads(norm(key(x)), heads) for key, norm in zip(k, norm_k, strict=True)]
+    values = [split_heads(value(x), heads) for value in v]
+    return torch.stack(keys), torch.stack(values)
 
 
 class Conditioner(nn.Module):
@@ -152,7 +178,29 @@ class Conditioner(nn.Module):
 
     def forward(self, embeddings: Tensor) -> tuple[Tensor, Tensor]:
         """[B,L,text_width] -> cross_k, cross_v [blocks,B,heads,L,D]."""
-        x = self.embed(embeddings)
-        k = [split_heads(norm(k(x)), self.heads) for k, norm in zip(self.k, self.norm_k, strict=True)]
-        v = [split_heads(v(x), self.heads) for v in self.v]
-        return torch.stack(k), torch.stack(v)
+        return keys_and_values(self.embed(embeddings), self.k, self.v, self.norm_k, self.heads)
+
+
+class ImageConditioner(nn.Module):
+    """Tokens of pictures -> every block's cross-attention keys and values, once a request."""
+
+    def __init__(self, spec: DenoiserSpec, image: ImageAttentionSpec):
+        super().__init__()
+        width = spec.width
+        self.heads = spec.heads
+        self.positions = nn.Parameter(torch.zeros(image.tokens, image.width)) if image.positions else None
+        self.embed = nn.Sequential(
+            nn.LayerNorm(image.width),
+            nn.Linear(image.width, image.width),
+            nn.GELU(),
+            nn.Linear(image.width, width),
+            nn.LayerNorm(width),
+        )
+        self.k = nn.ModuleList(nn.Linear(width, width) for _ in range(spec.depth))
+        self.v = nn.ModuleList(nn.Linear(width, width) for _ in range(spec.depth))
+        self.norm_k = nn.ModuleList(nn.RMSNorm(width, eps=EPSILON) for _ in range(spec.depth))
+
+    def forward(self, image_embeddings: Tensor) -> tuple[Tensor, Tensor]:
+        """[B,M,image width] -> image_k, image_v [blocks,B,heads,M,D]."""
+        x = self.embed(image_embeddings if self.positions is None else image_embeddings + self.positions)
+        return keys_and_values(x, self.k, self.v, self.norm_k, self.heads)

@@ -17,7 +17,7 @@ from multiprocessing.connection import wait
 from pathlib import Path
 from typing import cast
 
-from tubelet.runtime.bundle import WEIGHTS, Bundle
+from tubelet.runtime.bundle import Bundle
 from tubelet.runtime.errors import UserError
 from tubelet.runtime.plans import (
     FOLDER,
@@ -117,7 +117,8 @@ class _Building:
         try:
             self._plan.parent.mkdir(parents=True, exist_ok=True)
             self._folder = Path(tempfile.mkdtemp(prefix=".", dir=bundle.folder / FOLDER))
-            for name, file in ((GRAPH, bundle.graph(job.component)), (WEIGHTS, bundle.path(WEIGHTS))):
+            files = {name: bundle.path(name) for name in bundle.manifest.weights}
+            for name, file in (files | {str(GRAPH): bundle.graph(job.component)}).items():
                 (self._folder / name).symlink_to(file.resolve())
         except OSError as error:
             raise UserError(

@@ -66,6 +66,17 @@ def _text_encoder(spec: ModelSpec, extents: Extents) -> int:
     return extents["B"] * extents["L"] * (a_token + scores)
 
 
+def _image_encoder(spec: ModelSpec, extents: Extents) -> int:
+    assert spec.image_encoder is not None
+    image = spec.image_encoder
+    return extents["B"] * image.tokens * _transformer(image.width, image.ffn_width)
+
+
+def _image_conditioner(spec: ModelSpec, extents: Extents) -> int:
+    assert spec.denoiser.image is not None
+    return 3 * extents["B"] * spec.denoiser.image.tokens * spec.denoiser.width
+
+
 def _denoiser(spec: ModelSpec, extents: Extents) -> int:
     return extents["B"] * extents["N"] * _transformer(spec.denoiser.width, spec.denoiser.ffn_width)
 
@@ -90,11 +101,17 @@ def _word(spec: ModelSpec, extents: Extents) -> int:
 
 _DECODER = Kind(lambda spec: len(spec.vae.widths) * spec.vae.decoder_blocks, _vae)
 _ENCODER = Kind(lambda spec: len(spec.vae.widths) * spec.vae.encoder_blocks, _vae)
+_CONDITIONER = Kind(lambda spec: spec.denoiser.depth, lambda spec, e: 3 * e["B"] * e["L"] * spec.denoiser.width)
+_DENOISER = Kind(lambda spec: spec.denoiser.depth, _denoiser)
 
 KINDS: Mapping[str, Kind] = {
     "text_encoder": Kind(lambda spec: spec.text_encoder.depth, _text_encoder),
-    "conditioner": Kind(lambda spec: spec.denoiser.depth, lambda spec, e: 3 * e["B"] * e["L"] * spec.denoiser.width),
-    "denoiser": Kind(lambda spec: spec.denoiser.depth, _denoiser),
+    "image_encoder": Kind(lambda spec: spec.image_encoder.depth if spec.image_encoder else 0, _image_encoder),
+    "image_conditioner": Kind(lambda spec: spec.denoiser.depth, _image_conditioner),
+    "conditioner": _CONDITIONER,
+    "conditioner_low": _CONDITIONER,
+    "denoiser": _DENOISER,
+    "denoiser_low": _DENOISER,
     "vae_decoder_first": _DECODER,
     "vae_decoder": _DECODER,
     "vae_encoder_first": _ENCODER,

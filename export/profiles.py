@@ -27,11 +27,11 @@ from tubelet.runtime.bundle import Shape as PortShape
 from tubelet.runtime.caption import MAX_BEAMS
 from tubelet.runtime.errors import UserError
 from tubelet.runtime.geometry import Geometry, plan
-from tubelet.runtime.pipeline import CHUNK
 from tubelet.runtime.profiles import Profile, Profiles, Range, distance, nearest, select
 from tubelet.runtime.request import Request
 from tubelet.runtime.spec import ModelSpec
 from tubelet.runtime.strict import require
+from tubelet.runtime.tiles import tile_size
 
 from .traffic import Shape
 
@@ -84,7 +84,7 @@ def choose(spec: ModelSpec, traffic: Sequence[Shape], limit: int) -> Choice:
     require(limit >= 1, f"the most profiles must be 1 or more, is {limit}")
     served, refused = _sort(spec, traffic)
     tokens = token_profiles(spec, served, limit)
-    profiles = _components(spec, served, tokens, picture_profiles(served, limit))
+    profiles = _components(spec, served, tokens, picture_profiles(spec, served, limit))
     outside = [
         Outside(shape, reason, nearest(spec, profiles, shape.width, shape.height, shape.frames))
         for shape, reason in refused
@@ -154,14 +154,14 @@ def _rows(spec: ModelSpec, served: Sequence[Served]) -> Range:
     return Range(1, branches * usual, 2 * max(each.shape.batch for each in served))
 
 
-def picture_profiles(served: Sequence[Served], limit: int) -> list[Profile]:
-    """The VAE's best profiles over latent rows and columns, among those that divide pictures by area.
+def picture_profiles(spec: ModelSpec, served: Sequence[Served], limit: int) -> list[Profile]:
+    """The VAE's best profiles over the rows and columns of latent tiles, among those that divide them by area.
 
     A chunk's work is proportional to its area. Every profile begins at the least rows and columns of all.
     """
     work: dict[tuple[int, int], float] = {}
     for each in served:
-        picture = each.geometry.latent[1:]
+        picture = tile_size(spec.vae, *each.geometry.latent[1:])
         work[picture] = work.get(picture, 0.0) + each.shape.share * math.prod(each.geometry.latent)
 
     def penalty(picture: tuple[int, int], opt: tuple[int, int]) -> float:
@@ -214,16 +214,19 @@ def _components(
     one, length = _fixed(1), _fixed(spec.text_encoder.length)
     text: tuple[Profile, ...] = ({"B": _rows(spec, served), "L": length},)
     first = tuple({"B": one, **picture} for picture in pictures)
-    chunks = tuple({**picture, "t": Range(1, CHUNK, CHUNK)} for picture in first)
+    chunks = tuple({**picture, "t": Range(1, spec.vae.chunk, spec.vae.chunk)} for picture in first)
     profiles = {
         "text_encoder": text,
-        "conditioner": text,
-        "denoiser": tuple({**profile, "L": length} for profile in tokens),
+        **{f"conditioner{expert}": text for expert in spec.experts},
+        **{f"denoiser{expert}": tuple({**profile, "L": length} for profile in tokens) for expert in spec.experts},
         "vae_decoder_first": first,
         "vae_decoder": chunks,
         "vae_encoder_first": first,
         "vae_encoder": chunks,
     }
+    if spec.image_encoder is not None:
+        profiles["image_encoder"] = ({"B": Range(1, 1, spec.pictures)},)
+        profiles["image_conditioner"] = ({"B": _rows(spec, served)},)
     if spec.captioner is not None:
         beams = Range(1, 1, MAX_BEAMS)
         profiles["captioner_memory"] = tuple({"B": one, "N": profile["N"]} for profile in tokens)

@@ -1,4 +1,4 @@
-"""A component and its checkpoint -> an ONNX graph whose weights stay in the safetensors file.
+"""A component and its checkpoint -> an ONNX graph whose weights stay in the checkpoint's files.
 
 Flows in: a Component on the meta device and where its tensors lie. Flows out: an onnx_ir model at opset 23 with native
 Attention and normalisations, whose named extents vary. No weight is read.
@@ -14,11 +14,9 @@ from contextlib import contextmanager
 import onnx_ir as ir
 import torch
 
-from tubelet.runtime.bundle import WEIGHTS
-
-from .checkpoint import StoredTensor
 from .components import Component
 from .passes import optimize
+from .storage import StoredTensor
 
 OPSET = 23
 TRACED = {"B": 2, "N": 36, "L": 16, "h": 6, "w": 8, "t": 3}  # none is 0 or 1, which tracing would take for constants
@@ -26,15 +24,9 @@ STORED_TYPES = {"F32": ir.DataType.FLOAT, "F16": ir.DataType.FLOAT16, "BF16": ir
 
 
 def trace(component: Component, tensors: Mapping[str, StoredTensor]) -> ir.Model:
-    """Returns the component's graph, to be saved beside the weights file."""
-    ports = component.inputs.values()
-    examples = tuple(port.example(TRACED).to("meta") for port in ports)
-    varying = tuple(
-        {axis: torch.export.Dim.DYNAMIC for axis, extent in enumerate(port.shape) if isinstance(extent, str)}
-        for port in ports
-    )
+    """Returns the component's graph, to be saved beside the weights files."""
     with _quiet():
-        exported = torch.export.export(component.module, examples, dynamic_shapes=_by_parameter(component, varying))
+        exported = _export(component)
         program = torch.onnx.export(exported, dynamo=True, opset_version=OPSET, optimize=False, verbose=False)
     assert program is not None
     model = program.model
@@ -47,10 +39,18 @@ def trace(component: Component, tensors: Mapping[str, StoredTensor]) -> ir.Model
     return model
 
 
-def _by_parameter(component: Component, varying: tuple[dict[int, object], ...]) -> tuple[object, ...]:
-    """Dynamic shapes in the form of `forward`'s parameters: a VAE step takes its caches as one variadic tuple."""
-    variadic = [name for name in component.inputs if name.startswith("cache_")]
-    return (*varying[: -len(variadic)], varying[-len(variadic) :]) if variadic else varying
+def _export(component: Component) -> torch.export.ExportedProgram:
+    """The traced module; a VAE step takes its caches as one variadic tuple."""
+    examples = {name: port.example(TRACED).to("meta") for name, port in component.inputs.items()}
+    varying = {
+        name: {axis: torch.export.Dim.DYNAMIC for axis, extent in enumerate(port.shape) if isinstance(extent, str)}
+        for name, port in component.inputs.items()
+    }
+    if component.by_name:
+        return torch.export.export(component.module, (), examples, dynamic_shapes=varying)
+    first, *caches = varying.values()
+    dynamic = (first, tuple(caches)) if caches else (first,)
+    return torch.export.export(component.module, tuple(examples.values()), dynamic_shapes=dynamic)
 
 
 def _name_ports(model: ir.Model, component: Component) -> None:
@@ -65,7 +65,7 @@ def _name_ports(model: ir.Model, component: Component) -> None:
 
 
 def _reference_weights(model: ir.Model, component: Component, tensors: Mapping[str, StoredTensor]) -> None:
-    """Points each parameter at its bytes in the weights file; one stored in 16 bits is cast where it is used."""
+    """Points each parameter at its bytes in a weights file; one stored in 16 bits is cast where it is used."""
     casts = []
     for name, value in list(model.graph.initializers.items()):
         if value.const_value is not None:
@@ -76,7 +76,7 @@ def _reference_weights(model: ir.Model, component: Component, tensors: Mapping[s
         del model.graph.initializers[name]
         value.name = component.weights + name
         value.const_value = ir.ExternalTensor(
-            WEIGHTS, stored.offset, stored.bytes, dtype, shape=ir.Shape(stored.shape), name=value.name
+            stored.file, stored.offset, stored.bytes, dtype, shape=ir.Shape(stored.shape), name=value.name
         )
         value.dtype = dtype
         model.graph.initializers[value.name] = value

@@ -9,69 +9,17 @@ the same arithmetic as decoding whole.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Sequence
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from tubelet.runtime.spec import VaeSpec
+from tubelet.runtime.spec import VaeSpec, WanVaeSpec
 
-
-class History:
-    """Threads the causal caches through one pass, in the order in which the layers run.
-
-    `first` is a pass without a past; its caches are zeros, which is causal padding.
-    """
-
-    def __init__(self, past: Sequence[Tensor] | None):
-        self.first = past is None
-        self._past: Iterator[Tensor] = iter(past or ())
-        self.next: list[Tensor] = []
-
-    def extend(self, x: Tensor, frames: int) -> Tensor:
-        """Prepends the last `frames` frames of the past to `x` and remembers the last ones of the result."""
-        b, c, _, h, w = x.shape
-        past = x.new_zeros(b, c, frames, h, w) if self.first else next(self._past)
-        x = torch.cat([past, x], dim=2)
-        self.next.append(x[:, :, -frames:])
-        return x
-
-
-class CausalConv3d(nn.Conv3d):
-    """3D convolution that sees the present and the past; time is padded by History."""
-
-    def __init__(self, channels_in: int, channels_out: int, kernel: int):
-        super().__init__(channels_in, channels_out, kernel, padding=(0, kernel // 2, kernel // 2))
-
-    def forward(self, x: Tensor, history: History) -> Tensor:  # type: ignore[override]
-        return super().forward(history.extend(x, self.kernel_size[0] - 1))
-
-
-class ChannelNorm(nn.Module):
-    """RMS-norm over channels."""
-
-    def __init__(self, channels: int):
-        super().__init__()
-        self.gamma = nn.Parameter(torch.ones(channels, 1, 1, 1))
-
-    def forward(self, x: Tensor) -> Tensor:
-        return x * torch.rsqrt(x.square().mean(dim=1, keepdim=True) + 1e-12) * self.gamma
-
-
-class ResidualBlock(nn.Module):
-    def __init__(self, channels_in: int, channels_out: int):
-        super().__init__()
-        self.norm1 = ChannelNorm(channels_in)
-        self.conv1 = CausalConv3d(channels_in, channels_out, 3)
-        self.norm2 = ChannelNorm(channels_out)
-        self.conv2 = CausalConv3d(channels_out, channels_out, 3)
-        self.shortcut = nn.Identity() if channels_in == channels_out else nn.Conv3d(channels_in, channels_out, 1)
-
-    def forward(self, x: Tensor, history: History) -> Tensor:
-        y = self.conv1(F.silu(self.norm1(x)), history)
-        y = self.conv2(F.silu(self.norm2(y)), history)
-        return self.shortcut(x) + y
+from .causal import CausalConv3d, ChannelNorm, Downsample, History, ResidualBlock, Upsample, average, duplicate
+from .wan_vae import WanDecoder, WanEncoder
 
 
 class Stage(nn.ModuleList):
@@ -86,60 +34,20 @@ class Stage(nn.ModuleList):
         return x
 
 
-class Downsample(nn.Module):
-    """Halves rows and columns, and time where asked: a strided convolution beside an averaging shortcut."""
-
-    def __init__(self, channels_in: int, channels_out: int, temporal: bool):
-        super().__init__()
-        self.spatial = nn.Conv3d(channels_in, channels_out, (1, 3, 3), stride=(1, 2, 2))
-        self.time = nn.Conv3d(channels_out, channels_out, (3, 1, 1), stride=(2, 1, 1)) if temporal else None
-        self.channels_out = channels_out
+class AverageDownsample(Downsample):
+    """Beside the convolution an averaging shortcut."""
 
     def forward(self, x: Tensor, history: History) -> Tensor:
-        y = self.spatial(F.pad(x, (0, 1, 0, 1)))
-        if self.time is not None:
-            past = history.extend(y, 1)
-            y = y if history.first else self.time(past)
         frames = 2 if self.time is not None and not history.first else 1
-        return y + _average(x, frames, self.channels_out)
+        return super().forward(x, history) + average(x, frames, 2, self.spatial.out_channels)
 
 
-class Upsample(nn.Module):
-    """Doubles rows and columns, and time where asked: a convolution beside a duplicating shortcut."""
-
-    def __init__(self, channels_in: int, channels_out: int, temporal: bool):
-        super().__init__()
-        self.time = nn.Conv3d(channels_in, 2 * channels_in, (3, 1, 1)) if temporal else None
-        self.spatial = nn.Conv3d(channels_in, channels_out, (1, 3, 3), padding=(0, 1, 1))
-        self.channels_out = channels_out
+class DuplicateUpsample(Upsample):
+    """Beside the convolution a duplicating shortcut."""
 
     def forward(self, x: Tensor, history: History) -> Tensor:
-        b, c, t, h, w = x.shape
-        y = x
-        if self.time is not None:
-            # the first frame leaves no past behind: frame 0 passes, frame 1 starts from zeros
-            past = history.extend(torch.zeros_like(x) if history.first else x, 2)
-            if not history.first:
-                # [B,2C,T,H,W] -> [B,C,2T,H,W], the pair interleaved in time
-                y = self.time(past).reshape(b, 2, c, t, h, w).permute(0, 2, 3, 1, 4, 5).reshape(b, c, 2 * t, h, w)
-        y = self.spatial(F.interpolate(y, scale_factor=(1.0, 2.0, 2.0), mode="nearest"))
         frames = 2 if self.time is not None and not history.first else 1
-        return y + _duplicate(x, frames, self.channels_out)
-
-
-def _average(x: Tensor, frames: int, channels_out: int) -> Tensor:
-    """[B,C,T,H,W] -> [B,channels_out,T/frames,H/2,W/2] by averaging groups of the values folded into channels."""
-    b, c, t, h, w = x.shape
-    x = x.reshape(b, c, t // frames, frames, h // 2, 2, w // 2, 2).permute(0, 1, 3, 5, 7, 2, 4, 6)
-    return x.reshape(b, channels_out, (c * frames * 4) // channels_out, t // frames, h // 2, w // 2).mean(dim=2)
-
-
-def _duplicate(x: Tensor, frames: int, channels_out: int) -> Tensor:
-    """[B,C,T,H,W] -> [B,channels_out,T*frames,2H,2W] by repeating channels, then unfolding them into space and time."""
-    b, c, t, h, w = x.shape
-    x = x.repeat_interleave((channels_out * frames * 4) // c, dim=1)
-    x = x.reshape(b, channels_out, frames, 2, 2, t, h, w).permute(0, 1, 5, 2, 6, 3, 7, 4)
-    return x.reshape(b, channels_out, t * frames, 2 * h, 2 * w)
+        return super().forward(x, history) + duplicate(x, frames, 2, self.spatial.out_channels)
 
 
 class Encoder(nn.Module):
@@ -152,7 +60,7 @@ class Encoder(nn.Module):
         self.conv_in = CausalConv3d(3 * spec.pixel_patch**2, widths[0], 3)
         self.stages = nn.ModuleList(Stage(width, spec.encoder_blocks) for width in widths)
         self.downs = nn.ModuleList(
-            Downsample(a, b, temporal) for a, b, temporal in zip(widths, widths[1:], spec.temporal, strict=False)
+            AverageDownsample(a, b, temporal) for a, b, temporal in zip(widths, widths[1:], spec.temporal, strict=False)
         )
         self.norm_out = ChannelNorm(widths[-1])
         self.conv_out = CausalConv3d(widths[-1], 2 * spec.latent_channels, 3)
@@ -179,7 +87,8 @@ class Decoder(nn.Module):
         self.conv_in = CausalConv3d(spec.latent_channels, widths[0], 3)
         self.stages = nn.ModuleList(Stage(width, spec.decoder_blocks) for width in widths)
         self.ups = nn.ModuleList(
-            Upsample(a, b, temporal) for a, b, temporal in zip(widths, widths[1:], spec.temporal[::-1], strict=False)
+            DuplicateUpsample(a, b, temporal)
+            for a, b, temporal in zip(widths, widths[1:], spec.temporal[::-1], strict=False)
         )
         self.norm_out = ChannelNorm(widths[-1])
         self.conv_out = CausalConv3d(widths[-1], 3 * spec.pixel_patch**2, 3)
@@ -196,6 +105,12 @@ class Decoder(nn.Module):
         return x.reshape(b, 3, p, p, t, h, w).permute(0, 1, 4, 5, 2, 6, 3).reshape(b, 3, t, h * p, w * p)
 
 
+HALVES: dict[type[VaeSpec], tuple[Callable[[Any], nn.Module], Callable[[Any], nn.Module]]] = {
+    VaeSpec: (Encoder, Decoder),
+    WanVaeSpec: (WanEncoder, WanDecoder),
+}
+
+
 class Vae(nn.Module):
     """Both halves, and the normalisation of latents that the denoiser sees: (mean - latent_mean) / latent_std."""
 
@@ -204,8 +119,8 @@ class Vae(nn.Module):
 
     def __init__(self, spec: VaeSpec):
         super().__init__()
-        self.encoder = Encoder(spec)
-        self.decoder = Decoder(spec)
+        encoder, decoder = HALVES[type(spec)]
+        self.encoder, self.decoder = encoder(spec), decoder(spec)
         shape = (spec.latent_channels, 1, 1, 1)
         self.register_buffer("latent_mean", torch.tensor(spec.latent_mean).reshape(shape))
         self.register_buffer("latent_std", torch.tensor(spec.latent_std).reshape(shape))

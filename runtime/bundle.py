@@ -2,7 +2,7 @@
 
     bundle.json          schema, spec, files with their hashes, components, parity table, provenance
     <component>.onnx     one graph each, weights by reference
-    weights.safetensors
+    weights.safetensors  or the files of a published checkpoint, as they are
     tokenizer.json
 
 Flows in: a folder. Flows out: a verified Bundle, or UserError. The only module that knows the manifest's layout; it
@@ -23,7 +23,7 @@ from .errors import UserError
 from .spec import ModelSpec
 from .strict import read
 
-SCHEMA = 2
+SCHEMA = 3
 MANIFEST = "bundle.json"
 WEIGHTS = "weights.safetensors"
 TOKENIZER = "tokenizer.json"
@@ -33,7 +33,7 @@ Shape = tuple[int | str, ...]  # of a port; an extent is a number, or varies: a 
 Extents = Mapping[str, int]  # the varying ones, by name
 TO_GENERATE = ("text_encoder", "conditioner", "denoiser", "vae_decoder_first", "vae_decoder")
 COMPONENTS = (*TO_GENERATE, "vae_encoder_first", "vae_encoder")
-TO_CAPTION = ("captioner_memory", "captioner")  # beside COMPONENTS where the spec has a captioner
+TO_CAPTION = ("captioner_memory", "captioner")
 
 
 def sizes(shape: Shape, extents: Extents) -> tuple[int, ...]:
@@ -66,9 +66,15 @@ class FileRecord:
 
 @dataclass(frozen=True)
 class Component:
-    """One graph: its file, how many parameters it uses, and its ports' shapes."""
+    """One graph: its file, how many parameters it uses, and its ports' shapes.
+
+    The two digests are SHA-256 of the graph, apart from where in which file its weights are, and of the weights' names,
+    types, shapes and values: the same for the same model however it was stored.
+    """
 
     graph: str
+    graph_digest: str
+    weights_digest: str
     parameters: int
     inputs: Mapping[str, Shape]
     outputs: Mapping[str, Shape]
@@ -95,27 +101,36 @@ class Manifest:
     targets: tuple[str, ...]  # what the bundle can run on; "cpu" needs nothing but the graphs
     spec: ModelSpec
     components: Mapping[str, Component]
+    weights: tuple[str, ...]  # files that hold them
     files: Mapping[str, FileRecord]
     parity: tuple[ParityRow, ...]
 
     def check(self) -> None:
         """Raises UserError when the parts do not fit each other."""
-        required = COMPONENTS + (TO_CAPTION if self.spec.captioner else ())
-        if missing := sorted(set(required) - set(self.components)):
+        if missing := sorted(set(required(self.spec)) - set(self.components)):
             raise UserError(f"it lacks the components {', '.join(missing)}")
-        used = {WEIGHTS, TOKENIZER, *(component.graph for component in self.components.values())}
+        used = {*self.weights, TOKENIZER, *(component.graph for component in self.components.values())}
         if unlisted := sorted(used - set(self.files)):
             raise UserError(f"it does not list the files {', '.join(unlisted)}")
         for name in self.files:
             if Path(name).name != name or name in ("", ".."):
                 raise UserError(f"it names the file {name!r}, which is outside the bundle")
-        if self.key != content_key(self.spec, self.files):
+        if self.key != content_key(self.spec, self.components, self.files[TOKENIZER]):
             raise UserError("its key does not match its content, so it was changed")
 
 
-def content_key(spec: ModelSpec, files: Mapping[str, FileRecord]) -> str:
-    """SHA-256 over schema, spec, and the hash of every file."""
-    content = [SCHEMA, dataclasses.asdict(spec), {name: record.sha256 for name, record in files.items()}]
+def required(spec: ModelSpec) -> tuple[str, ...]:
+    """The components that a model must have."""
+    images = ("image_conditioner",) if spec.image_encoder else ()
+    experts = [f"{name}{expert}" for expert in spec.experts for name in ("conditioner", "denoiser", *images)]
+    captioner = TO_CAPTION if spec.captioner else ()
+    return (*COMPONENTS, *experts, *(("image_encoder",) if images else ()), *captioner)
+
+
+def content_key(spec: ModelSpec, components: Mapping[str, Component], tokenizer: FileRecord) -> str:
+    """SHA-256 over schema, spec, the digests of every component, and the tokenizer."""
+    digests = {name: [each.graph_digest, each.weights_digest] for name, each in components.items()}
+    content = [SCHEMA, dataclasses.asdict(spec), digests, tokenizer.sha256]
     return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
 
 

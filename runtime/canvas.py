@@ -29,6 +29,8 @@ class Canvas:
     latents: NDArray[np.float32]  # [C,T',H',W'], normalised, as `Pipeline.encode` makes them
     known: Mask  # the token grid
     noise: NDArray[np.float32] | None = None  # shaped as the latents; None: drawn from the request's seed
+    shown: NDArray[np.float32] | None = None  # [S,T',H',W'] for a model with channels for it, see `shown_mask`
+    pictures: Frames | None = None  # [K,H,W,3] for a model with an image encoder
 
     def __post_init__(self) -> None:
         if self.latents.dtype != np.float32 or self.latents.ndim != 4:
@@ -39,6 +41,14 @@ class Canvas:
             raise UserError(
                 f"noise must be float32 {list(self.latents.shape)}, is {self.noise.dtype} {list(self.noise.shape)}"
             )
+
+        shape = self.latents.shape[1:]
+        if self.shown is not None and (self.shown.dtype != np.float32 or self.shown.shape[1:] != shape):
+            raise UserError(
+                f"shown must be float32 [S,{','.join(map(str, shape))}], is {self.shown.dtype} {list(self.shown.shape)}"
+            )
+        if self.pictures is not None and (self.pictures.dtype != np.uint8 or self.pictures.shape[3:] != (3,)):
+            raise UserError(f"pictures must be uint8 [K,H,W,3], are {self.pictures.dtype} {list(self.pictures.shape)}")
 
     def tensors(self) -> dict[str, NDArray]:
         """Its arrays by name."""
@@ -52,6 +62,18 @@ def known_tokens(spec: ModelSpec, known: Mask) -> Mask:
     padded = np.concatenate([np.repeat(known[:1], step - 1, axis=0), known])
     cells = padded.reshape(len(padded) // step, step, height // down, down, width // across, across)
     return np.asarray(cells.all(axis=(1, 3, 5)))
+
+
+def shown_mask(spec: ModelSpec, known: Mask) -> NDArray[np.float32]:
+    """Pixels [1 + 4k, H, W] -> [4, 1 + k, H', W']: which of a latent frame's frames are known, all pixels of a cell.
+
+    The first latent frame has one frame, which counts four times.
+    """
+    step, side = frames_step(spec), spec.vae.spatial_factor
+    frames, height, width = known.shape
+    cells = np.asarray(known.reshape(frames, height // side, side, width // side, side).all(axis=(2, 4)))
+    padded = np.concatenate([np.repeat(cells[:1], step - 1, axis=0), cells])
+    return padded.reshape(-1, step, *cells.shape[1:]).swapaxes(0, 1).astype(np.float32)
 
 
 def fill(frames: Frames, known: Mask) -> Frames:

@@ -7,7 +7,7 @@ in between. Knows nothing of what the graphs mean.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -31,6 +31,13 @@ class Engine(Protocol):
 
     def __call__(self, inputs: Arrays) -> dict[str, Any]:
         """One run with fresh outputs."""
+        ...
+
+    def advance(self, inputs: Arrays) -> dict[str, Any]:
+        """One run of several in a row: an output `next_x` is good only as the input `x` of the next run.
+
+        It may be on the engine's device, and it may have taken the memory of the input `x`, which is then lost.
+        """
         ...
 
 
@@ -74,13 +81,35 @@ class OnnxRuntimeEngine:
 
     def bind(self, inputs: Arrays, outputs: Arrays) -> Binding:
         io = self._session.io_binding()
-        for bind, arrays in ((io.bind_input, inputs), (io.bind_output, outputs)):
-            for name, array in arrays.items():
-                bind(name, "cpu", 0, array.dtype.type, array.shape, array.ctypes.data)
+        _bind(io.bind_input, inputs)
+        _bind(io.bind_output, outputs)
         return _OnnxRuntimeBinding(self._session, io, (inputs, outputs))
 
     def __call__(self, inputs: Arrays) -> dict[str, Any]:
         return dict(zip(self._outputs, self._session.run(None, dict(inputs)), strict=True))
+
+    def advance(self, inputs: Arrays) -> dict[str, Any]:
+        """Writes over inputs: a graph reads `x` where it is prepended, and makes `next_x` of the result alone."""
+        io = self._session.io_binding()
+        carried = {
+            name: inputs[name.removeprefix("next_")] for name in self._outputs if name.removeprefix("next_") in inputs
+        }
+        _bind(io.bind_input, {name: array for name, array in inputs.items() if f"next_{name}" not in carried})
+        for name, value in carried.items():
+            io.bind_ortvalue_input(name.removeprefix("next_"), value)
+        for name in self._outputs:
+            if name in carried:
+                io.bind_ortvalue_output(name, carried[name])
+            else:
+                io.bind_output(name)
+        self._session.run_with_iobinding(io)
+        results = zip(self._outputs, io.get_outputs(), strict=True)
+        return {name: value if name.startswith("next_") else value.numpy() for name, value in results}
+
+
+def _bind(bind: Callable[..., None], arrays: Arrays) -> None:
+    for name, array in arrays.items():
+        bind(name, "cpu", 0, array.dtype.type, array.shape, array.ctypes.data)
 
 
 class _OnnxRuntimeBinding:

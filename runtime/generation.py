@@ -9,6 +9,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import os
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -31,20 +32,33 @@ if TYPE_CHECKING:
 Float32 = NDArray[np.float32]
 
 
+@dataclass(frozen=True)
+class Phase:
+    """The steps that one denoiser takes, from `first` on until the next phase's."""
+
+    first: int
+    prepare: Callable[[], Steps]  # conditions the denoiser; all phases share the sampler's state
+
+
 @dataclass
 class Generation:
     """A request on its way: who takes its steps, with what they read and write, and how many are done.
 
-    Everything is allocated by `Pipeline.prepare` and reused by every step.
+    Everything is allocated by `Pipeline.prepare`, but for what another denoiser needs that takes over on the way, and
+    reused by every step.
     """
 
     settings: Settings
     geometry: Geometry
     schedule: Schedule
-    loop: Loop
+    phases: Sequence[Phase]
+    make_loop: Callable[[Steps], Loop]
     bundle_key: str
     canvas: Canvas | None
     done: int = 0
+
+    def __post_init__(self) -> None:
+        self._enter(self._phase)
 
     @property
     def finished(self) -> bool:
@@ -55,6 +69,23 @@ class Generation:
         """The sample x and the sampler's history, [S,N,P], as they are now."""
         self.loop.read()
         return self.loop.steps.state
+
+    def step(self) -> None:
+        """Takes the next step."""
+        if self._phase is not self._entered:
+            self.loop.read()
+            self._enter(self._phase)
+            self.loop.write()
+        self.loop.step(self.done)
+        self.done += 1
+
+    @property
+    def _phase(self) -> Phase:
+        """Whose turn it is."""
+        return next(phase for phase in reversed(self.phases) if phase.first <= self.done)
+
+    def _enter(self, phase: Phase) -> None:
+        self._entered, self.loop = phase, self.make_loop(phase.prepare())
 
     def save(self, path: str | Path) -> None:
         """Writes the sampler's state and the request as safetensors; `load` goes on from there bit for bit.

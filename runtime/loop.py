@@ -30,8 +30,9 @@ class Pinned:
 
 @dataclass(frozen=True)
 class Steps:
-    """The steps from first to last; whoever takes them writes into `state` and `inputs`."""
+    """The steps of one denoiser; whoever takes them writes into `state` and `inputs`."""
 
+    denoiser: str  # the component
     inputs: Mapping[str, Any]  # the denoiser's by name: arrays of the host, or what an engine left on its device
     state: Float32  # [S,N,P]: the sample x and the sampler's history
     matrices: Float32  # [steps,S,S+1]

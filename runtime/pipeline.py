@@ -8,6 +8,7 @@ nothing of files, codecs or how an engine runs.
 from __future__ import annotations
 
 import dataclasses
+import functools
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, Self
@@ -15,23 +16,22 @@ from typing import Any, Self
 import numpy as np
 from numpy.typing import NDArray
 
-from . import kernels
+from . import kernels, vae
 from .bundle import TOKENIZER, Bundle
 from .canvas import Canvas
 from .errors import Cancelled, UserError
-from .generation import Generation
+from .generation import Generation, Phase
 from .geometry import Geometry, coordinate_columns, plan
+from .image import prepare_pictures
 from .loop import Pinned, Steps
 from .request import Request, Settings
-from .schedule import Schedule, make_inversion, make_schedule, time_features
+from .schedule import LEVELS, Schedule, make_inversion, make_schedule, time_features
 from .strict import require
 from .targets import AUTO, Choice, Engines, open_engines
 from .text import PromptTokenizer
+from .vae import Frames
 
 Float32 = NDArray[np.float32]
-Frames = NDArray[np.uint8]  # [T,H,W,3]
-
-CHUNK = 4  # latent frames that the VAE sees at a time
 
 
 class Pipeline:
@@ -39,7 +39,7 @@ class Pipeline:
 
     def __init__(self, bundle: Bundle, engines: Engines, target: Choice):
         self.bundle, self.spec, self.engines, self.target = bundle, bundle.spec, engines, target
-        self.tokenizer = PromptTokenizer.from_file(bundle.path(TOKENIZER), self.spec.text_encoder.length)
+        self.tokenizer = PromptTokenizer.from_file(bundle.path(TOKENIZER), self.spec.text_encoder)
 
     @classmethod
     def open(cls, bundle: str | Path | Bundle, target: str = AUTO, threads: int | None = None) -> Pipeline:
@@ -129,12 +129,14 @@ class Pipeline:
         if canvas.known.shape != geometry.grid:
             raise UserError(f"a canvas of this size has known {list(geometry.grid)}, not {list(canvas.known.shape)}")
         known, clean = canvas.known.ravel(), self._pack(canvas.latents)
-        pinned = Pinned(known.astype(np.float32), clean, None if self.spec.denoiser.two_levels else sample)
         sigma = np.float32(schedule.sigmas[0])
         mixed = (1 - sigma) * clean + sigma * sample
-        sample = mixed if settings.strength < 1 else sample.copy()
-        sample[known] = (clean if pinned.noise is None else mixed)[known]
-        return self._allocate(settings, geometry, schedule, sample, canvas, pinned)
+        start = mixed if settings.strength < 1 else sample.copy()
+        if self.spec.denoiser.route == "channels":
+            return self._allocate(settings, geometry, schedule, start, canvas)
+        pinned = Pinned(known.astype(np.float32), clean, None if self.spec.denoiser.two_levels else sample)
+        start[known] = (clean if pinned.noise is None else mixed)[known]
+        return self._allocate(settings, geometry, schedule, start, canvas, pinned)
 
     def prepare_inversion(self, request: Request, latents: Float32) -> Generation:
         """The way back: prepares the steps from a clip's latents [C,T',H',W'] to the noise that makes it.
@@ -147,13 +149,13 @@ class Pipeline:
 
     def _sized(self, request: Request, latents: Float32) -> Request:
         """A request for a clip of these latents [C,T',H',W']."""
-        vae = self.spec.vae
+        sizes = self.spec.vae
         _, frames, height, width = latents.shape
         return dataclasses.replace(
             request,
-            frames=1 + (frames - 1) * vae.temporal_factor,
-            height=height * vae.spatial_factor,
-            width=width * vae.spatial_factor,
+            frames=1 + (frames - 1) * sizes.temporal_factor,
+            height=height * sizes.spatial_factor,
+            width=width * sizes.spatial_factor,
         )
 
     def _pack(self, latents: Float32) -> Float32:
@@ -169,8 +171,7 @@ class Pipeline:
         pinned: Pinned | None = None,
     ) -> Generation:
         denoiser = self.spec.denoiser
-        cross_k, cross_v = self._condition(settings)
-        batch = cross_k.shape[1]
+        batch = len(self._prompts(settings))
         rope_cos, rope_sin = kernels.rope3d(geometry.grid, denoiser.head_size, theta=denoiser.theta)
         state = _zeros((schedule.buffers, geometry.tokens, denoiser.token_values))
         state[0] = sample
@@ -179,27 +180,56 @@ class Pipeline:
             "time_features": _zeros((batch, 2, denoiser.time_features)),
             "rope_cos": rope_cos,
             "rope_sin": rope_sin,
-            "cross_k": cross_k,
-            "cross_v": cross_v,
         }
         if denoiser.two_levels:
             inputs["known"] = _zeros((batch, geometry.tokens))
             if pinned is not None:
                 inputs["known"][:] = pinned.known
         inputs["tokens"][:, :, : denoiser.token_values] = sample
-        if denoiser.coordinates:
-            inputs["tokens"][:, :, denoiser.token_values :] = coordinate_columns(geometry.grid)
+        columns = self._columns(geometry, canvas)
+        inputs["tokens"][:, :, denoiser.token_values :] = columns
         levels = np.stack([schedule.timesteps, np.zeros(schedule.steps)], axis=1)  # [steps,2]: unknown, known
-        steps = Steps(
-            inputs=inputs,
-            state=state,
-            matrices=schedule.matrices.astype(np.float32),
-            time_table=time_features(levels, denoiser.time_features),
-            sigmas=schedule.sigmas,
-            guidance=settings.guidance,
-            pinned=pinned,
-        )
-        return Generation(settings, geometry, schedule, self.engines.loop(steps), self.bundle.key, canvas)
+        condition = self._conditions(settings, canvas)
+
+        def prepare(expert: str, guidance: float) -> Steps:
+            return Steps(
+                denoiser=f"denoiser{expert}",
+                inputs={**inputs, **condition(expert)},
+                state=state,
+                matrices=schedule.matrices.astype(np.float32),
+                time_table=time_features(levels, denoiser.time_features),
+                sigmas=schedule.sigmas,
+                guidance=guidance,
+                pinned=pinned,
+            )
+
+        low = settings.guidance if settings.guidance_low is None else settings.guidance_low
+        phases = [
+            Phase(first, functools.partial(prepare, expert, guidance))
+            for first, expert, guidance in zip(
+                self._first_steps(schedule), self.spec.experts, (settings.guidance, low), strict=False
+            )
+        ]
+        return Generation(settings, geometry, schedule, phases, self.engines.loop, self.bundle.key, canvas)
+
+    def _first_steps(self, schedule: Schedule) -> list[int]:
+        """The step at which each expert takes over, from high noise to low."""
+        if self.spec.boundary is None:
+            return [0]
+        return [0, int((schedule.timesteps >= LEVELS * self.spec.boundary).sum())]
+
+    def _columns(self, geometry: Geometry, canvas: Canvas | None) -> Float32:
+        """What stands in every token after its latent values, [N,*]: what is given, and coordinates."""
+        denoiser, parts = self.spec.denoiser, []
+        if denoiser.shown_channels:
+            if canvas is None or canvas.shown is None or len(canvas.shown) != denoiser.shown_channels:
+                raise UserError(
+                    f"{self.spec.name} makes clips of pictures or of other clips; give one, as with --image"
+                )
+            parts.append(self._pack(canvas.shown))
+        if denoiser.coordinates:
+            parts.append(coordinate_columns(geometry.grid))
+        return np.concatenate(parts, axis=1) if parts else np.zeros((geometry.tokens, 0), np.float32)
 
     def step(self, generation: Generation) -> None:
         """One denoising step: the engine, then guidance and the sampler's update in one pass.
@@ -208,8 +238,7 @@ class Pipeline:
         """
         if generation.finished:
             raise UserError(f"all {generation.done} steps are done; decode the generation")
-        generation.loop.step(generation.done)
-        generation.done += 1
+        generation.step()
 
     def latent(self, generation: Generation) -> Float32:
         """The sample as a normalised latent [C,T',H',W']: clean after the last step, noise after an inversion's."""
@@ -225,34 +254,47 @@ class Pipeline:
 
     def decode_latent(self, latent: Float32) -> Iterator[Frames]:
         """Yields the frames of a normalised latent [C,T',H',W'], a few at a time."""
-        results = self.engines["vae_decoder_first"]({"latents": latent[None, :, :1]})
-        yield _to_frames(results.pop("pixels"))
-        for start in range(1, latent.shape[1], CHUNK):
-            chunk = latent[None, :, start : start + CHUNK]
-            results = self.engines["vae_decoder"]({"latents": chunk, **_caches(results)})
-            yield _to_frames(results.pop("pixels"))
+        return vae.decode(self.spec.vae, self.engines, latent)
 
-    def encode(self, frames: Frames) -> Float32:
+    def encode(self, frames: Frames, known: NDArray[np.bool_] | None = None) -> Float32:
         """Frames uint8 [1 + 4k,H,W,3] (for the embedded model) -> normalised latent [C,T',H',W'], a few at a time.
 
+        With `known` [1 + 4k,H,W] all other pixels are taken to be grey, exactly between black and white.
         Raises UserError as `geometry.plan` for a size that the model does not have.
         """
         plan(self.spec, frames.shape[2], frames.shape[1], len(frames))
-        step = self.spec.vae.temporal_factor * CHUNK
-        results = self.engines["vae_encoder_first"]({"pixels": _to_pixels(frames[:1])})
-        latents = [results.pop("latents")]
-        for start in range(1, len(frames), step):
-            chunk = _to_pixels(frames[start : start + step])
-            results = self.engines["vae_encoder"]({"pixels": chunk, **_caches(results)})
-            latents.append(results.pop("latents"))
-        return np.concatenate(latents, axis=2)[0]
+        if known is None:
+            return vae.encode(self.spec.vae, self.engines, frames)
+        pixels = frames.astype(np.float32) / np.float32(127.5) - 1
+        return vae.encode(self.spec.vae, self.engines, pixels * known[..., None])
 
-    def _condition(self, settings: Settings) -> tuple[Any, Any]:
-        """Every block's text keys and values [blocks,B,heads,L,D]: the prompt, then the negative prompt if guided."""
+    def _conditions(self, settings: Settings, canvas: Canvas | None) -> Callable[[str], dict[str, Any]]:
+        """What an expert's denoiser reads of the prompt, the negative prompt if guided, and the canvas's pictures.
+
+        Keys and values of every block [blocks,B,heads,*,D]; the encoders run now, an expert's conditioners when asked.
+        """
         ids, mask = self.tokenizer(self._prompts(settings))
         embeddings = self.engines["text_encoder"]({"ids": ids, "mask": mask})["embeddings"]
-        results = self.engines["conditioner"]({"embeddings": embeddings})
-        return results["cross_k"], results["cross_v"]
+        image = None if self.spec.image_encoder is None else self._image_embeddings(canvas)
+
+        def condition(expert: str) -> dict[str, Any]:
+            found = self.engines[f"conditioner{expert}"]({"embeddings": embeddings})
+            if image is not None:
+                rows = {"image_embeddings": np.repeat(image, len(ids), axis=0)}
+                found |= self.engines[f"image_conditioner{expert}"](rows)
+            return found
+
+        return condition
+
+    def _image_embeddings(self, canvas: Canvas | None) -> Float32:
+        """The tokens of a canvas's pictures, one after the other: [1,M,width]."""
+        assert self.spec.image_encoder is not None
+        if canvas is None or canvas.pictures is None or len(canvas.pictures) != self.spec.pictures:
+            given = 0 if canvas is None or canvas.pictures is None else len(canvas.pictures)
+            raise UserError(f"{self.spec.name} makes clips of {self.spec.pictures} pictures, as --image; {given} given")
+        pixels = prepare_pictures(canvas.pictures, self.spec.image_encoder.size)
+        tokens = self.engines["image_encoder"]({"pixels": pixels})["image_embeddings"]
+        return np.ascontiguousarray(tokens).reshape(1, -1, tokens.shape[-1])
 
     @staticmethod
     def _prompts(settings: Settings) -> list[str]:
@@ -270,19 +312,3 @@ def _zeros(shape: tuple[int, ...]) -> Float32:
     array = kernels.empty(shape, np.float32)
     array.fill(0)
     return array
-
-
-def _caches(results: dict[str, Any]) -> dict[str, Any]:
-    """The caches that one chunk left, as the next chunk's inputs."""
-    return {name.removeprefix("next_"): cache for name, cache in results.items()}
-
-
-def _to_pixels(frames: Frames) -> Float32:
-    """uint8 [T,H,W,3] -> float [1,3,T,H,W] in [-1,1]."""
-    return np.ascontiguousarray(frames.transpose(3, 0, 1, 2)[None].astype(np.float32) / np.float32(127.5) - 1)
-
-
-def _to_frames(pixels: Float32) -> Frames:
-    """Float [1,3,T,H,W] in [-1,1] -> uint8 [T,H,W,3]."""
-    scaled = np.clip((pixels[0] + 1) * 127.5, 0, 255)
-    return np.ascontiguousarray(np.rint(scaled).astype(np.uint8).transpose(1, 2, 3, 0))

@@ -23,6 +23,9 @@ from .profiles import Profile, nearest, select
 from .residency import Residency
 from .session import Session
 from .tensorrt import TensorRt, TensorRtEngine
+from .tiles import tile_size
+
+DENOISER = "denoiser"  # how the name of a component begins that takes steps
 
 
 class PlanEngines(Resource):
@@ -31,7 +34,9 @@ class PlanEngines(Resource):
         self._runtime, self._bundle, self._plans, self._residency = runtime, bundle, plans, residency
         self.session = runtime.session
         self._loaded: dict[str, TensorRtEngine] = {}
-        self._workspaces = Workspaces(self.session, residency.workspaces)
+        denoisers = [name for name in plans if name.startswith(DENOISER)]
+        limit = residency.workspaces // len(denoisers)
+        self._workspaces = {name: Workspaces(self.session, limit) for name in denoisers}
         super().__init__(_release, self._loaded, self._workspaces, self.session)
         if len(residency.groups) == 1:
             try:
@@ -49,7 +54,7 @@ class PlanEngines(Resource):
     def check(self, geometry: Geometry, batch: int) -> None:
         """Raises UserError, with the nearest shape, for a clip that no profile takes."""
         profiles = {name: self.profiles(name) for name in self._plans}
-        _, rows, columns = geometry.latent
+        rows, columns = tile_size(self._bundle.spec.vae, *geometry.latent[1:])
         tokens = {"N": geometry.tokens}
         clip = f"{geometry.width}x{geometry.height} with {geometry.frames} frames"
         inside = select(profiles["vae_decoder"], {"h": rows, "w": columns}) is not None
@@ -66,7 +71,8 @@ class PlanEngines(Resource):
         return self._plans[name].record.profiles
 
     def loop(self, steps: Steps) -> DeviceLoop:
-        return DeviceLoop(self.session, self._workspaces, lambda: self.load("denoiser"), steps)
+        workspaces = self._workspaces[steps.denoiser]
+        return DeviceLoop(self.session, workspaces, lambda: self.load(steps.denoiser), steps)
 
     def warm_up(self) -> None:
         for name in self._plans:
@@ -87,16 +93,17 @@ class PlanEngines(Resource):
         return self._loaded[name]
 
     def _unload(self, name: str) -> None:
-        if name == "denoiser":
-            self._workspaces.unload()
+        if name in self._workspaces:
+            self._workspaces[name].unload()
         self._loaded.pop(name).close()
         self.session.scratch.release()
 
 
-def _release(loaded: dict[str, TensorRtEngine], workspaces: Workspaces, session: Session) -> None:
+def _release(loaded: dict[str, TensorRtEngine], workspaces: dict[str, Workspaces], session: Session) -> None:
     """Engines go before their device, at the end of the process too."""
     with session.lock:
-        workspaces.unload()
+        for each in workspaces.values():
+            each.unload()
         for engine in loaded.values():
             engine.close()
         loaded.clear()
@@ -105,7 +112,8 @@ def _release(loaded: dict[str, TensorRtEngine], workspaces: Workspaces, session:
 
 def _stays(component: str, output: str) -> bool:
     """Whether an output is only ever another engine's input, so that it need not leave the device."""
-    return component in ("text_encoder", "conditioner") or output.startswith("next_cache_")
+    conditioning = component.startswith(("text_encoder", "conditioner", "image_conditioner"))
+    return conditioning or output.startswith("next_cache_")
 
 
 class _Engine:
@@ -114,6 +122,9 @@ class _Engine:
 
     def __call__(self, inputs: Arrays) -> dict[str, Any]:
         return self._engines.run(self._name, inputs)
+
+    def advance(self, inputs: Arrays) -> dict[str, Any]:
+        return self(inputs)
 
     def bind(self, inputs: Arrays, outputs: Arrays) -> Binding:
         return _Binding(self, inputs, outputs)

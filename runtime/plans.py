@@ -17,7 +17,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from .atomic import temporary_beside
-from .bundle import SCHEMA, WEIGHTS, Bundle, FileRecord, record
+from .bundle import SCHEMA, Bundle, FileRecord, record
 from .errors import UserError
 from .profiles import Profile, Range
 from .strict import read
@@ -138,11 +138,11 @@ def plan_key(
     bundle: Bundle, component: str, target: Target, compiler: Compiler, profiles: Sequence[Profile], budget: int | None
 ) -> str:
     """SHA-256 of all that a plan is made from: a plan whose key differs is another plan."""
-    files = bundle.manifest.files
+    source = bundle.manifest.components[component]
     content = {
         "schema": SCHEMA,
-        "graph": files[bundle.manifest.components[component].graph].sha256,
-        "weights": files[WEIGHTS].sha256,
+        "graph": source.graph_digest,
+        "weights": source.weights_digest,
         "target": dataclasses.asdict(target),
         "compiler": dataclasses.asdict(compiler),
         "profiles": [{name: vars(extent) for name, extent in profile.items()} for profile in profiles],

@@ -15,8 +15,10 @@ from .errors import UserError
 from .geometry import Geometry, frames_step, plan, size_step
 from .spec import ModelSpec
 from .strict import require
+from .tiles import tile_size
 
 ASPECT = 4  # a changed aspect ratio weighs as much as this many times the change of area, both in doublings
+LARGEST_IN_TILES = 4  # the advice for a picture that no profile takes goes no further
 
 
 @dataclass(frozen=True)
@@ -81,11 +83,17 @@ def _grids(spec: ModelSpec, profiles: Profiles, latent_frames: int) -> Iterator[
     pictures = {
         (rows, columns)
         for box in profiles["vae_decoder"]
-        for rows in range(-(-box["h"].min // ph), box["h"].max // ph + 1)
-        for columns in range(-(-box["w"].min // pw), box["w"].max // pw + 1)
+        for rows in _inside(spec, box["h"], ph)
+        for columns in _inside(spec, box["w"], pw)
     }
     for rows, columns in sorted(pictures):
         for profile in profiles["denoiser"]:
             least, most = -(-profile["N"].min // (rows * columns)), profile["N"].max // (rows * columns)
             if least <= most:
                 yield min(max(latent_frames, least), most), rows, columns
+
+
+def _inside(spec: ModelSpec, extent: Range, patch: int) -> list[int]:
+    """Rows or columns of tokens whose tiles the VAE takes, of pictures up to `LARGEST_IN_TILES` tiles a side."""
+    most = LARGEST_IN_TILES * extent.max // patch
+    return [tokens for tokens in range(1, most + 1) if tile_size(spec.vae, tokens * patch, 1)[0] in extent]

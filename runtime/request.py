@@ -30,18 +30,21 @@ class Settings:
     shift: float
     seed: int
     strength: float
+    guidance_low: float | None = None  # of the expert for low noise; None: as `guidance`
 
     def __post_init__(self) -> None:
         for field in dataclasses.fields(self):
             object.__setattr__(self, field.name, _PARSERS[str(field.type)](field.name, getattr(self, field.name)))
         require(0 <= self.seed < 2**64, f"seed must be from 0 to 2^64 - 1, is {self.seed}")
         require(0 <= self.strength <= 1, f"strength must be from 0 to 1, is {self.strength}")
-        require(0 <= self.guidance <= 100, f"guidance must be from 0 to 100, is {self.guidance}")
+        for name in ("guidance", "guidance_low"):
+            value = getattr(self, name)
+            require(value is None or 0 <= value <= 100, f"{name} must be from 0 to 100, is {value}")
 
     @property
     def guided(self) -> bool:
         """Whether an unconditional branch runs beside the conditional one."""
-        return self.guidance != 1.0
+        return self.guidance != 1.0 or self.guidance_low not in (None, 1.0)
 
 
 def _text(name: str, value: object) -> str:
@@ -60,7 +63,11 @@ def _real(name: str, value: object) -> float:
     return float(value)  # type: ignore[arg-type]
 
 
-_PARSERS = {"str": _text, "int": _whole, "float": _real}
+def _real_or_none(name: str, value: object) -> float | None:
+    return None if value is None else _real(name, value)
+
+
+_PARSERS = {"str": _text, "int": _whole, "float": _real, "float | None": _real_or_none}
 
 
 @dataclass(frozen=True)
@@ -74,6 +81,7 @@ class Request:
     frames: int | None = None  # 1 + k * `geometry.frames_step`
     steps: int | None = None  # model evaluations, 1 to 1000
     guidance: float | None = None  # 0 to 100; 1: no unconditional branch, half the work
+    guidance_low: float | None = None  # of the expert for low noise, where the model has two
     sampler: str | None = None  # a name in `schedule.SAMPLERS`
     shift: float | None = None  # above 0; more spends more steps at high noise
     seed: int = 0  # 0 to 2^64 - 1
@@ -82,7 +90,15 @@ class Request:
     def complete(self, spec: ModelSpec) -> Settings:
         """Fills in the model's defaults.
 
-        Raises UserError for a value of the wrong type, and for a seed or a guidance out of range.
+        A guidance that is given holds for both experts, unless another is given for low noise. Raises UserError for a
+        value of the wrong type, and for a seed or a guidance out of range.
         """
+        require(
+            self.guidance_low is None or spec.boundary is not None,
+            f"{spec.name} has one denoiser; guidance_low is for models of two",
+        )
         given = {name: value for name, value in vars(self).items() if value is not None or name == "prompt"}
-        return Settings(**(dataclasses.asdict(spec.defaults) | given))
+        defaults = dataclasses.asdict(spec.defaults)
+        if self.guidance is not None:
+            defaults["guidance_low"] = None
+        return Settings(**(defaults | given))

@@ -8,8 +8,10 @@ keeps on the device while other engines take their turn is part of every group.
 from __future__ import annotations
 
 import math
+import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 
 from .bundle import Component, sizes
 from .dtypes import DTYPES
@@ -18,10 +20,13 @@ from .memory import MemoryInfo
 from .plans import PlanRecord
 
 RESERVED = 1 << 29  # bytes for contexts, the code of kernels and the sampler's state
-KEPT = ("conditioner", "denoiser")  # their buffers are a generation's: keys and values as they are made, a workspace
+KEPT = ("conditioner", "image_conditioner", "denoiser")  # their buffers are a generation's: how the names begin
+HOST_BYTES = 4  # of a weight: ONNX Runtime holds float32
 PARTS = {
-    "text encoder": ("text_encoder", "conditioner"),
+    "text encoder": ("text_encoder", "conditioner", "conditioner_low"),
+    "image encoder": ("image_encoder", "image_conditioner"),
     "denoiser": ("denoiser",),
+    "denoiser for low noise": ("denoiser_low",),
     "VAE": ("vae_decoder_first", "vae_decoder", "vae_encoder_first", "vae_encoder"),
     "captioner": ("captioner_memory", "captioner"),
 }
@@ -58,16 +63,37 @@ def footprint(component: Component, record: PlanRecord) -> Footprint:
     return Footprint(record.measured.weights_bytes, max(buffers), max(record.measured.activation_bytes))
 
 
+def plan_host_residency(components: Mapping[str, Component]) -> Residency:
+    """As `plan_residency`, for engines of this machine's memory, which hold float32 weights and are never refused."""
+    footprints = {name: Footprint(HOST_BYTES * each.parameters, 0, 0) for name, each in components.items()}
+    memory = _host_memory()
+    try:
+        return plan_residency(footprints, memory, "this machine")
+    except UserError as error:
+        return Residency(tuple(_parts(footprints).values()), 0, f"{error}; memory may run out")
+
+
+def _host_memory() -> MemoryInfo:
+    """What is there without swapping; all of it where the system does not say how much is free."""
+    total = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    try:
+        lines = Path("/proc/meminfo").read_text().splitlines()
+        return MemoryInfo(next(1024 * int(line.split()[1]) for line in lines if line.startswith("MemAvailable")), total)
+    except (OSError, StopIteration):
+        return MemoryInfo(total, total)
+
+
+def _parts(footprints: Mapping[str, Footprint]) -> dict[str, tuple[str, ...]]:
+    found = {part: tuple(name for name in names if name in footprints) for part, names in PARTS.items()}
+    return {part: names for part, names in found.items() if names}
+
+
 def plan_residency(footprints: Mapping[str, Footprint], memory: MemoryInfo, device: str) -> Residency:
     """The fewest groups that fit into the free memory: all at once, without the text encoder, or part by part.
 
     Raises UserError when a part does not fit by itself.
     """
-    parts = {
-        part: tuple(name for name in names if name in footprints)
-        for part, names in PARTS.items()
-        if any(name in footprints for name in names)
-    }
+    parts = _parts(footprints)
     text, everything = parts["text encoder"], tuple(footprints)
     rest = tuple(name for name in everything if name not in text)
     free = memory.free - RESERVED
@@ -75,7 +101,8 @@ def plan_residency(footprints: Mapping[str, Footprint], memory: MemoryInfo, devi
 
     def residency(groups: tuple[tuple[str, ...], ...], sentence: str) -> Residency:
         spare = free - max(_needed(footprints, group) for group in groups)
-        return Residency(groups, footprints["denoiser"].buffers + spare, f"{whole}: {sentence}")
+        denoisers = sum(each.buffers for name, each in footprints.items() if name.startswith("denoiser"))
+        return Residency(groups, denoisers + spare, f"{whole}: {sentence}")
 
     if _needed(footprints, everything) <= free:
         return residency((everything,), "all engines stay loaded")
@@ -92,7 +119,8 @@ def plan_residency(footprints: Mapping[str, Footprint], memory: MemoryInfo, devi
 
 def _needed(footprints: Mapping[str, Footprint], names: Sequence[str]) -> int:
     weights = sum(footprints[name].weights for name in names)
-    buffers = sum(footprints[name].buffers for name in {*names, *KEPT})
+    kept = {*names, *(name for name in footprints if name.startswith(KEPT))}
+    buffers = sum(footprints[name].buffers for name in kept)
     return weights + buffers + max(footprints[name].scratch for name in names)
 
 

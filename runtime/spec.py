@@ -26,10 +26,51 @@ class TextEncoderSpec:
     buckets: int
     max_distance: int
     length: int  # tokens after padding; the cross-attention always sees this many
+    cleaned: bool  # prompts are cleaned before they are cut into tokens, as those of training were: see `text.clean`
 
     def __post_init__(self) -> None:
         require_positive(self, "text_encoder")
         require(self.buckets % 4 == 0, f"text_encoder.buckets must be a multiple of 4, is {self.buckets}")
+
+
+@dataclass(frozen=True)
+class ImageEncoderSpec:
+    """Vision transformer as in CLIP: a class token before the patches, norms before attention and FFN."""
+
+    size: int  # pixels, both sides
+    patch: int
+    width: int
+    depth: int
+    heads: int
+    ffn_width: int
+
+    def __post_init__(self) -> None:
+        require_positive(self, "image_encoder")
+        require(
+            self.size % self.patch == 0,
+            f"image_encoder.size {self.size} must be a multiple of image_encoder.patch {self.patch}",
+        )
+        require(
+            self.width % self.heads == 0,
+            f"image_encoder.width {self.width} must be a multiple of image_encoder.heads {self.heads}",
+        )
+
+    @property
+    def tokens(self) -> int:
+        """Of one picture: its patches and the class token."""
+        return 1 + (self.size // self.patch) ** 2
+
+
+@dataclass(frozen=True)
+class ImageAttentionSpec:
+    """A second cross-attention, to the image encoder's tokens."""
+
+    width: int  # the image encoder's
+    tokens: int  # M: of all pictures that are shown
+    positions: bool  # learned positions tell the pictures apart
+
+    def __post_init__(self) -> None:
+        require_positive(self, "denoiser.image")
 
 
 @dataclass(frozen=True)
@@ -48,9 +89,17 @@ class DenoiserSpec:
     coordinates: bool  # tokens carry coordinate columns after the latent values
     pooled_text: bool  # mean text value joins the time embedding
     two_levels: bool  # trained with clean known tokens beside noisy ones: the graph has a `known` input
+    mask_channels: int  # 0; or tokens carry the given frames' latents after a mask, a channel for each of their frames
+    image: ImageAttentionSpec | None
+    channels_last: bool  # the last layer writes a token as (row, column, channel); tokens are (channel, row, column)
 
     def __post_init__(self) -> None:
-        require_positive(self, "denoiser")
+        require_positive(self, "denoiser", but=("mask_channels",))
+        require(self.mask_channels >= 0, f"denoiser.mask_channels must not be below 0, is {self.mask_channels}")
+        require(
+            not (self.two_levels and self.mask_channels),
+            "denoiser.two_levels and mask_channels are two routes",
+        )
         require(
             self.width % (2 * self.heads) == 0,
             f"denoiser.width {self.width} must be a multiple of twice denoiser.heads {self.heads}",
@@ -69,12 +118,29 @@ class DenoiserSpec:
         return self.latent_channels * pt * ph * pw
 
     @property
+    def shown_channels(self) -> int:
+        """Channels, packed as the latent, that say what is given: a mask and latents; 0 where there are none."""
+        return self.mask_channels + self.latent_channels if self.mask_channels else 0
+
+    @property
     def token_inputs(self) -> int:
-        """P_in: latent values and conditioning columns in one token."""
-        return self.token_values + (COORDINATE_COLUMNS if self.coordinates else 0)
+        """P_in: latent values, what is given, and coordinate columns in one token."""
+        _, ph, pw = self.patch
+        return self.token_values + self.shown_channels * ph * pw + (COORDINATE_COLUMNS if self.coordinates else 0)
+
+    @property
+    def route(self) -> str:
+        """How the model learns of known tokens: by their noise level, by channels beside them, or not at all.
+
+        With "renoise" known tokens are set to the level of the others at every step.
+        """
+        return "levels" if self.two_levels else "channels" if self.mask_channels else "renoise"
 
 
 COORDINATE_COLUMNS = 17  # see geometry.coordinate_columns
+
+
+SMALLEST_TILE = 4  # latent pixels a side, see tiles.py
 
 
 @dataclass(frozen=True)
@@ -89,9 +155,16 @@ class VaeSpec:
     decoder_blocks: int
     latent_mean: tuple[float, ...]
     latent_std: tuple[float, ...]
+    chunk: int  # most latent frames that the graphs see at a time
+    tile: int  # longest side, in pixels, that they see at a time; a larger picture is cut into tiles
 
     def __post_init__(self) -> None:
         require_positive(self, "vae", but=("latent_mean",))
+        require(
+            self.tile >= SMALLEST_TILE * self.spatial_factor,
+            f"vae.tile must be at least {SMALLEST_TILE * self.spatial_factor} pixels, "
+            f"{SMALLEST_TILE} latent ones, is {self.tile}",
+        )
         require(
             len(self.temporal) == len(self.widths) - 1,
             f"vae.temporal needs {len(self.widths) - 1} entries, one less than vae.widths, has {len(self.temporal)}",
@@ -115,6 +188,25 @@ class VaeSpec:
     @property
     def temporal_factor(self) -> int:
         return 2 ** sum(self.temporal)
+
+
+@dataclass(frozen=True)
+class WanVaeSpec(VaeSpec):
+    """Wan's VAEs: attention at the coarsest resolution, and channels that change in residual blocks."""
+
+    decoder_widths: tuple[int, ...]  # as widths, which are the encoder's
+    shortcuts: bool  # averaging and duplicating ways around each resolution; without, upsampling halves channels
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        require(
+            len(self.decoder_widths) == len(self.widths),
+            f"vae.decoder_widths needs {len(self.widths)} entries, as vae.widths, has {len(self.decoder_widths)}",
+        )
+        require(
+            not self.shortcuts or self.widths[-2:-1] in ((), self.widths[-1:]),
+            f"vae.widths must end with the same number twice where there are shortcuts, ends with {self.widths[-2:]}",
+        )
 
 
 @dataclass(frozen=True)
@@ -164,6 +256,7 @@ class Defaults:
     frames: int
     steps: int
     guidance: float
+    guidance_low: float | None  # of the expert for low noise; None: as `guidance`
     sampler: str
     shift: float
     negative_prompt: str
@@ -177,8 +270,10 @@ class ModelSpec:
     fps: int
     max_tokens: int  # largest N the denoiser accepts
     text_encoder: TextEncoderSpec
+    image_encoder: ImageEncoderSpec | None
     denoiser: DenoiserSpec
-    vae: VaeSpec
+    boundary: float | None  # noise level, 0 to 1, below which another denoiser of the same spec takes over
+    vae: VaeSpec | WanVaeSpec
     captioner: CaptionerSpec | None
     defaults: Defaults
 
@@ -193,6 +288,26 @@ class ModelSpec:
             self.denoiser.text_width == self.text_encoder.width,
             f"denoiser.text_width {self.denoiser.text_width} differs from text_encoder.width {self.text_encoder.width}",
         )
+        require(
+            self.boundary is None or self.boundary < 1, f"boundary must be a noise level below 1, is {self.boundary}"
+        )
+        if self.denoiser.mask_channels:
+            require(
+                self.denoiser.mask_channels == self.vae.temporal_factor,
+                f"denoiser.mask_channels {self.denoiser.mask_channels} differs from the VAE's "
+                f"{self.vae.temporal_factor} frames of a latent frame",
+            )
+        require(
+            (self.image_encoder is None) == (self.denoiser.image is None),
+            "image_encoder and denoiser.image must both be there, or neither",
+        )
+        if self.image_encoder is not None and self.denoiser.image is not None:
+            image, encoder = self.denoiser.image, self.image_encoder
+            require(
+                image.width == encoder.width and image.tokens % encoder.tokens == 0,
+                f"denoiser.image reads {image.tokens} tokens of width {image.width}, the image encoder writes "
+                f"{encoder.tokens} a picture, of width {encoder.width}",
+            )
         if self.captioner is not None:
             require(
                 self.captioner.token_values == self.denoiser.token_values,
@@ -204,6 +319,18 @@ class ModelSpec:
                 f"captioner.vocabulary {self.captioner.vocabulary} differs from "
                 f"text_encoder.vocabulary {self.text_encoder.vocabulary}",
             )
+
+    @property
+    def experts(self) -> tuple[str, ...]:
+        """What is added to the names of a denoiser and its conditioners, from high noise to low."""
+        return ("", "_low") if self.boundary is not None else ("",)
+
+    @property
+    def pictures(self) -> int:
+        """How many pictures the image encoder shows to the denoiser."""
+        if self.image_encoder is None or self.denoiser.image is None:
+            return 0
+        return self.denoiser.image.tokens // self.image_encoder.tokens
 
     def to_json(self) -> dict[str, Any]:
         return dataclasses.asdict(self)

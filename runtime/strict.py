@@ -33,7 +33,8 @@ def require_positive(instance: Any, where: str, but: Collection[str] = ()) -> No
 
 
 def read(kind: type[T], value: Any, where: str) -> T:
-    """Converts a parsed value to `kind`; every field of a dataclass must be there, and no other."""
+    """Converts a parsed value to `kind`; every field of a dataclass that has no default must be there,
+    and no other."""
     return typing.cast(T, _read(kind, value, where))
 
 
@@ -62,8 +63,10 @@ def _read(kind: Any, value: Any, where: str) -> Any:
     kinds = arguments if origin is UnionType else (kind,)
     if float in kinds and type(value) is int:
         value = float(value)
-    if value is not None and dataclasses.is_dataclass(kinds[0]):  # a part that may be absent
-        return _read_dataclass(kinds[0], value, where)
+    parts = [k for k in kinds if dataclasses.is_dataclass(k)]
+    if value is not None and parts:  # one of several kinds of part, or one that may be absent
+        fitting = (k for k in parts if isinstance(value, dict) and set(value) == _fields(k))
+        return _read_dataclass(next(fitting, parts[0]), value, where)
     require(type(value) in kinds, f"{where} must be {' or '.join(k.__name__ for k in kinds)}, is {value!r}")
     return value
 
@@ -71,7 +74,11 @@ def _read(kind: Any, value: Any, where: str) -> Any:
 def _read_dataclass(kind: Any, value: Any, where: str) -> Any:
     require(isinstance(value, dict), f"{where} must be an object, is {value!r}")
     hints = typing.get_type_hints(kind)
-    names = {field.name for field in dataclasses.fields(kind)}
-    missing, unknown = sorted(names - set(value)), sorted(set(value) - names)
+    required = {f.name for f in dataclasses.fields(kind) if f.default is dataclasses.MISSING}
+    missing, unknown = sorted(required - set(value)), sorted(set(value) - _fields(kind))
     require(not missing and not unknown, f"{where} lacks {missing or 'nothing'} and has unknown {unknown or 'nothing'}")
     return kind(**{name: _read(hints[name], value[name], f"{where}.{name}") for name in value})
+
+
+def _fields(kind: Any) -> set[str]:
+    return {field.name for field in dataclasses.fields(kind)}

@@ -15,7 +15,7 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
-from .canvas import Canvas, Frames, Mask, fill, known_tokens, slerp
+from .canvas import Canvas, Frames, Mask, fill, known_tokens, shown_mask, slerp
 from .caption import Captioner
 from .errors import UserError
 from .geometry import frames_step
@@ -205,9 +205,9 @@ class Studio:
                 return
             yield chunk
 
-    def _encode(self, frames: Frames) -> NDArray[np.float32]:
+    def _encode(self, frames: Frames, known: Mask | None = None) -> NDArray[np.float32]:
         with self.stage("encode"):
-            return self.pipeline.encode(frames)
+            return self.pipeline.encode(frames, known)
 
     def _paint(self, request: Request, pixels: Frames, known: Mask, given: Mask | None = None) -> Frames:
         """Makes the unknown part of a clip [T,H,W,3]; `given` are the known pixels that are not guesses (all if None).
@@ -219,6 +219,9 @@ class Studio:
         tokens = known_tokens(self.spec, known)
         whole = tokens.all(axis=(1, 2))
         prefix = bool((tokens.any(axis=(1, 2)) == whole).all() and (np.diff(whole.astype(int)) <= 0).all())
+        if self.spec.denoiser.route == "channels":
+            canvas = self._shown_canvas(request, pixels, known if given is None else given, tokens)
+            return np.concatenate(list(self._stream(request, canvas)))
         canvas = Canvas(self._encode(pixels), tokens)
         made = np.concatenate(list(self._stream(request, canvas)))
         weaker = dataclasses.replace(request, strength=min(request.strength, REPAINT_STRENGTH))
@@ -226,6 +229,15 @@ class Studio:
             pixels = np.where((known if given is None else given)[..., None], pixels, made)
             made = np.concatenate(list(self._stream(weaker, Canvas(self._encode(pixels), tokens))))
         return made
+
+    def _shown_canvas(self, request: Request, pixels: Frames, given: Mask, tokens: Mask) -> Canvas:
+        """For a model with channels for what is given; the image encoder sees the first given frames and the last."""
+        encoded = self._encode(pixels, given)
+        whole = np.flatnonzero(given.all(axis=(1, 2)))
+        places = [*whole[: max(0, self.spec.pictures - 1)], *whole[-1:]] if self.spec.pictures > 1 else whole[:1]
+        pictures = pixels[places] if self.spec.pictures else None
+        latents = self._encode(pixels) if request.strength < 1 else encoded
+        return Canvas(latents, tokens, None, np.concatenate([shown_mask(self.spec, given), encoded]), pictures)
 
     def _paint_around(self, request: Request, shown: Mapping[int, Frames], frames: int) -> Frames:
         """A clip of `frames` frames that has these [H,W,3] at these places.

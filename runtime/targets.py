@@ -5,7 +5,7 @@ Flows in: a bundle and a target's name, or "auto". Flows out: its engines, and a
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -18,7 +18,7 @@ from .loop import HostLoop, Loop, Steps
 from .memory import Device, DeviceError
 from .plan_engines import PlanEngines
 from .plans import FOLDER, find_plans
-from .residency import footprint, plan_residency
+from .residency import footprint, plan_host_residency, plan_residency
 from .session import Session
 from .tensorrt import TensorRt, compiler_of, load_module
 
@@ -46,14 +46,19 @@ class Engines(Components, Protocol):
 
 
 class HostEngines:
-    """Engines whose arrays are the host's, each loaded when it is first asked for."""
+    """Engines whose arrays are the host's, each loaded when it is first asked for.
 
-    def __init__(self, load: Callable[[str], Engine]):
-        self._load = load
+    Those of one of `groups` make room for those of another.
+    """
+
+    def __init__(self, load: Callable[[str], Engine], groups: Sequence[Collection[str]] = ()):
+        self._load, self._groups = load, groups
         self._loaded: dict[str, Engine] = {}
 
     def __getitem__(self, name: str) -> Engine:
         if name not in self._loaded:
+            beside = next((group for group in self._groups if name in group), self._loaded.keys())
+            self._loaded = {other: engine for other, engine in self._loaded.items() if other in beside}
             self._loaded[name] = self._load(name)
         return self._loaded[name]
 
@@ -61,7 +66,7 @@ class HostEngines:
         """Any clip of the model's."""
 
     def loop(self, steps: Steps) -> Loop:
-        return HostLoop(self["denoiser"], steps)
+        return HostLoop(self[steps.denoiser], steps)
 
     def warm_up(self) -> None:
         """Nothing depends on shapes."""
@@ -124,7 +129,10 @@ def _open_host(bundle: Bundle, target: str, threads: int | None) -> tuple[Engine
         raise UserError(f"{bundle.folder} runs on {targets}, this version of tubelet runs cpu; export it again")
     provider = PROVIDERS[target]
     detail = require_provider(provider)
-    engines = HostEngines(lambda name: OnnxRuntimeEngine(bundle.graph(name), threads, provider))
+    residency = plan_host_residency(bundle.manifest.components)
+    engines = HostEngines(lambda name: OnnxRuntimeEngine(bundle.graph(name), threads, provider), residency.groups)
+    if len(residency.groups) > 1:
+        return engines, f"{detail}: {residency.sentence}"
     for name in TO_GENERATE:
         _ = engines[name]
     return engines, detail

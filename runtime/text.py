@@ -6,25 +6,35 @@ nothing of embeddings.
 
 from __future__ import annotations
 
+import html
 from pathlib import Path
 
+import ftfy
 import numpy as np
 from tokenizers import Tokenizer
 
 from .errors import UserError
+from .spec import TextEncoderSpec
+
+
+def clean(prompt: str) -> str:
+    """A prompt as Wan's were before training: broken Unicode mended, HTML entities resolved twice, spaces single."""
+    return " ".join(html.unescape(html.unescape(ftfy.fix_text(prompt))).split())
 
 
 class PromptTokenizer:
-    """A `tokenizers` file with the model's fixed length."""
+    """A `tokenizers` file with the model's fixed length; `cleaned` prompts go through `clean` first."""
 
-    def __init__(self, tokenizer: Tokenizer, length: int):
-        self._tokenizer, self.length = tokenizer, length
+    def __init__(self, tokenizer: Tokenizer, length: int, cleaned: bool = False):
+        self._tokenizer, self.length, self._cleaned = tokenizer, length, cleaned
+        tokenizer.no_padding()  # a published file may ask for its own
+        tokenizer.no_truncation()
 
     @classmethod
-    def from_file(cls, path: Path, length: int) -> PromptTokenizer:
+    def from_file(cls, path: Path, spec: TextEncoderSpec) -> PromptTokenizer:
         """Raises UserError when the file is not a tokenizer."""
         try:
-            return cls(Tokenizer.from_str(path.read_text(encoding="utf-8")), length)
+            return cls(Tokenizer.from_str(path.read_text(encoding="utf-8")), spec.length, spec.cleaned)
         except Exception as error:  # the library raises bare Exception
             raise UserError(f"{path} is not a readable tokenizer file ({error}); export the bundle again") from error
 
@@ -40,7 +50,7 @@ class PromptTokenizer:
                 prompt.encode("utf-8")
             except UnicodeEncodeError as error:
                 raise UserError(f"the prompt {prompt!r} is not valid UTF-8; pass UTF-8 text") from error
-            tokens = self._tokenizer.encode(prompt).ids
+            tokens = self._tokenizer.encode(clean(prompt) if self._cleaned else prompt).ids
             if len(tokens) > self.length:
                 raise UserError(
                     f"the prompt has {len(tokens)} tokens, the model reads {self.length}; shorten it: {prompt[:60]!r}"

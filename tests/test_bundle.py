@@ -44,9 +44,9 @@ def link(path: Path) -> None:
         (lambda f: (f / "bundle.json").unlink(), "is not a bundle: it has no bundle.json"),
         (lambda f: (f / "bundle.json").write_text("{"), "bundle.json is not usable"),
         (lambda f: (f / "bundle.json").write_bytes(b"\xff\xfe"), "bundle.json is not usable"),
-        (lambda f: (f / "bundle.json").write_text("[]"), "has schema None, this tubelet reads 2"),
+        (lambda f: (f / "bundle.json").write_text("[]"), "has schema None, this tubelet reads 3"),
         (lambda f: (f / "bundle.json").write_text("[" * 100_000), "bundle.json is not usable"),
-        (lambda f: edit_manifest(f, lambda m: m.update(schema=99)), "has schema 99, this tubelet reads 2"),
+        (lambda f: edit_manifest(f, lambda m: m.update(schema=99)), "has schema 99, this tubelet reads 3"),
         (lambda f: edit_manifest(f, lambda m: m.pop("files")), r"manifest lacks \['files'\]"),
         (lambda f: edit_manifest(f, lambda m: m["spec"].pop("fps")), r"manifest.spec lacks \['fps'\]"),
         (lambda f: edit_manifest(f, lambda m: m["spec"].update(fps=5)), "its key does not match its content"),
@@ -93,16 +93,21 @@ def test_the_manifest_reads_back(embedded_copy: Path) -> None:
     assert before.key == Bundle.open(EMBEDDED).key  # the key names the content, not the place
 
 
-def test_the_key_follows_spec_and_files(spec: ModelSpec) -> None:
-    files = {"a": FileRecord(1, "x"), "b": FileRecord(2, "y")}
+def test_the_key_follows_spec_and_content(spec: ModelSpec) -> None:
+    component = Bundle.open(EMBEDDED).manifest.components["conditioner"]
+    components, tokenizer = {"a": component, "b": dataclasses.replace(component, graph_digest="y")}, FileRecord(1, "x")
     keys = {
-        content_key(spec, files),
-        content_key(spec, files | {"b": FileRecord(2, "z")}),
-        content_key(spec, {"a": files["a"]}),
-        content_key(dataclasses.replace(spec, fps=25), files),
+        content_key(spec, components, tokenizer),
+        content_key(spec, components, FileRecord(1, "z")),
+        content_key(spec, components | {"b": component}, tokenizer),
+        content_key(spec, components | {"a": dataclasses.replace(component, weights_digest="y")}, tokenizer),
+        content_key(spec, {"a": component}, tokenizer),
+        content_key(dataclasses.replace(spec, fps=25), components, tokenizer),
     }
-    assert len(keys) == 4
-    assert content_key(spec, dict(reversed(files.items()))) in keys  # order does not matter
+    assert len(keys) == 6
+    assert content_key(spec, dict(reversed(components.items())), tokenizer) in keys  # order does not matter
+    renamed = components | {"a": dataclasses.replace(component, graph="other.onnx")}
+    assert content_key(spec, renamed, tokenizer) in keys  # nor do files' names
 
 
 def test_embedded_weights_stay_small() -> None:

@@ -23,12 +23,12 @@ from torch import Tensor, nn
 
 from tubelet.export.captioner import Captioner as TorchCaptioner
 from tubelet.export.captioner import CaptionerMemory
-from tubelet.export.checkpoint import read_header
 from tubelet.export.components import build_modules, components
 from tubelet.export.demo.recipe import model_spec, tokenizer
 from tubelet.export.demo.train_captioner import name
 from tubelet.export.demo.train_denoiser import pack
 from tubelet.export.demo.world import HELD_OUT, render
+from tubelet.export.storage import read_header
 from tubelet.export.trace import trace
 from tubelet.runtime import Pipeline, Studio, UserError
 from tubelet.runtime.bundle import TO_CAPTION, WEIGHTS

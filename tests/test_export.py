@@ -17,8 +17,9 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from tubelet.export.build import build
-from tubelet.export.checkpoint import Checkpoint, read_header
+from tubelet.export.checkpoint import Checkpoint
 from tubelet.export.components import build_modules, components
+from tubelet.export.storage import read_header
 from tubelet.export.trace import trace
 from tubelet.runtime import EMBEDDED, Bundle, UserError
 from tubelet.runtime.bundle import COMPONENTS, TO_CAPTION
@@ -120,7 +121,7 @@ def test_tracing_needs_no_memory_for_weights(tmp_path: Path) -> None:
 import dataclasses, resource, sys
 from pathlib import Path
 import onnx_ir, torch
-from tubelet.export.checkpoint import StoredTensor
+from tubelet.export.storage import StoredTensor
 from tubelet.export.components import build_modules, components
 from tubelet.export.trace import trace
 from tubelet.runtime import EMBEDDED, Bundle
@@ -135,7 +136,7 @@ with torch.device("meta"):
 tensors, end = {}, 0
 for prefix, module in modules.items():
     for name, tensor in module.state_dict().items():
-        tensors[f"{prefix}.{name}"] = StoredTensor("F32", tuple(tensor.shape), end, 4 * tensor.numel())
+        tensors[f"{prefix}.{name}"] = StoredTensor("weights", "F32", tuple(tensor.shape), end, 4 * tensor.numel())
         end += 4 * tensor.numel()
 onnx_ir.save(trace(denoiser, tensors), sys.argv[1])
 print(end >> 20, Path(sys.argv[1]).stat().st_size >> 20, resource.getrusage(resource.RUSAGE_SELF).ru_maxrss >> 10)

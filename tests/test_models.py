@@ -36,11 +36,23 @@ WAN = DenoiserSpec(
     coordinates=False,
     pooled_text=False,
     two_levels=False,
+    mask_channels=0,
+    image=None,
+    channels_last=True,
 )
 TEXT = TextEncoderSpec(
-    vocabulary=50, width=32, depth=3, heads=4, head_size=8, ffn_width=64, buckets=8, max_distance=20, length=12
+    vocabulary=50,
+    width=32,
+    depth=3,
+    heads=4,
+    head_size=8,
+    ffn_width=64,
+    buckets=8,
+    max_distance=20,
+    length=12,
+    cleaned=False,
 )
-VAE = VaeSpec(4, 2, (8, 16, 16), (True, True), 1, 2, (0.1, 0.0, -0.2, 0.0), (1.0, 1.5, 0.5, 2.0))
+VAE = VaeSpec(4, 2, (8, 16, 16), (True, True), 1, 2, (0.1, 0.0, -0.2, 0.0), (1.0, 1.5, 0.5, 2.0), 4, 256)
 
 
 def randomise(module: nn.Module) -> None:
@@ -113,10 +125,7 @@ def wan_to_ours(theirs: nn.Module) -> tuple[Denoiser, Conditioner]:
     for ours, other in pairs:
         copy_linear(ours, other)
     denoiser.offset_out.copy_(theirs.scale_shift_table[0])
-    # Wan's head writes (pt, ph, pw, c); tokens hold (c, pt, ph, pw)
-    order = torch.arange(WAN.token_values).reshape(1, 2, 2, 4).permute(3, 0, 1, 2).flatten()
-    denoiser.project_out.weight.copy_(theirs.proj_out.weight[order])
-    denoiser.project_out.bias.copy_(theirs.proj_out.bias[order])
+    copy_linear(denoiser.project_out, theirs.proj_out)
     return denoiser, conditioner
 
 

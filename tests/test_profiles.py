@@ -206,12 +206,17 @@ class _Recorder:
         self._note(inputs)
         return self.engine(inputs)
 
+    def advance(self, inputs: Any) -> Any:
+        self._note(inputs)
+        return self.engine.advance(inputs)
+
     def bind(self, inputs: Any, outputs: Any) -> Any:
         self._note(inputs)
         return self.engine.bind(inputs, outputs)
 
     def _note(self, inputs: Any) -> None:
-        self.runs.append((self.name, {port: array.shape for port, array in inputs.items()}))
+        shapes = {port: np.shape(array.numpy() if hasattr(array, "numpy") else array) for port, array in inputs.items()}
+        self.runs.append((self.name, shapes))
 
 
 SHAPE = "[[shape]]\nwidth = 64\nheight = 64\nframes = 33\nbatch = 1\nshare = 3\n"

@@ -8,10 +8,11 @@ from __future__ import annotations
 import pytest
 from fake_tensorrt import RTX_FP16, build_plans
 
-from tubelet.runtime import Bundle, UserError
+from tubelet.runtime import EMBEDDED, Bundle, UserError
 from tubelet.runtime.memory import MemoryInfo
 from tubelet.runtime.plans import plan_path, read_record
-from tubelet.runtime.residency import RESERVED, Footprint, footprint, plan_residency
+from tubelet.runtime.residency import RESERVED, Footprint, footprint, plan_host_residency, plan_residency
+from tubelet.runtime.targets import HostEngines
 
 GIB = 1 << 30
 NEEDS = {
@@ -67,3 +68,29 @@ def test_a_plan_takes_its_ports_at_their_greatest(embedded_copy: object) -> None
 
     embeddings, keys = 2 * 16 * 128, 2 * (6 * 2 * 4 * 16 * 48)  # batch 2; cross_k and cross_v
     assert found == Footprint(1 << 20, 2 * (embeddings + keys), 1024)
+
+
+def test_one_expert_at_a_time_where_memory_is_short() -> None:
+    needs = NEEDS | {"denoiser_low": NEEDS["denoiser"], "conditioner_low": NEEDS["conditioner"]}
+    residency = plan_residency(needs, MemoryInfo(12 * GIB + RESERVED, 24 * GIB), "card")
+
+    assert ("denoiser",) in residency.groups and ("denoiser_low",) in residency.groups
+    assert residency.beside("conditioner_low") == ("text_encoder", "conditioner", "conditioner_low")
+
+
+def test_the_host_loads_in_turn_what_does_not_fit_together(monkeypatch: pytest.MonkeyPatch) -> None:
+    components = Bundle.open(EMBEDDED).manifest.components
+    assert len(plan_host_residency(components).groups) == 1
+    monkeypatch.setattr("tubelet.runtime.residency._host_memory", lambda: MemoryInfo(0, GIB))
+    groups = plan_host_residency(components).groups
+    loaded: list[str] = []
+
+    def load(name: str) -> object:
+        loaded.append(name)
+        return name
+
+    engines = HostEngines(load, groups)  # type: ignore[arg-type]
+    for name in ("text_encoder", "conditioner", "denoiser", "denoiser", "conditioner"):
+        assert engines[name] == name
+
+    assert loaded == ["text_encoder", "conditioner", "denoiser", "conditioner"]

@@ -26,12 +26,23 @@ def vae_spec(
         decoder_blocks=2,
         latent_mean=tuple(mean),
         latent_std=tuple(std),
+        chunk=4,
+        tile=4096,
     )
 
 
 def text_encoder_spec() -> TextEncoderSpec:
     return TextEncoderSpec(
-        vocabulary=64, width=128, depth=2, heads=4, head_size=32, ffn_width=256, buckets=16, max_distance=32, length=16
+        vocabulary=64,
+        width=128,
+        depth=2,
+        heads=4,
+        head_size=32,
+        ffn_width=256,
+        buckets=16,
+        max_distance=32,
+        length=16,
+        cleaned=False,
     )
 
 
@@ -49,6 +60,9 @@ def denoiser_spec() -> DenoiserSpec:
         coordinates=True,
         pooled_text=True,
         two_levels=True,
+        mask_channels=0,
+        image=None,
+        channels_last=False,
     )
 
 
@@ -73,11 +87,21 @@ def model_spec(mean: Sequence[float], std: Sequence[float]) -> ModelSpec:
         fps=24,
         max_tokens=4096,
         text_encoder=text_encoder_spec(),
+        image_encoder=None,
         denoiser=denoiser_spec(),
+        boundary=None,
         vae=vae_spec(mean, std),
         captioner=captioner_spec(),
         defaults=Defaults(
-            width=64, height=64, frames=33, steps=20, guidance=2.0, sampler="unipc", shift=5.0, negative_prompt=""
+            width=64,
+            height=64,
+            frames=33,
+            steps=20,
+            guidance=2.0,
+            guidance_low=None,
+            sampler="unipc",
+            shift=5.0,
+            negative_prompt="",
         ),
     )
 

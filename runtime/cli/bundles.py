@@ -81,18 +81,25 @@ def _ports(ports: Any) -> str:
 
 @app.command()
 def export(
-    checkpoint: Annotated[Path, typer.Argument(help="Folder with spec.json, weights.safetensors, tokenizer.json.")],
+    checkpoint: Annotated[Path, typer.Argument(help="Folder that was downloaded: Wan's, or tubelet's own checkpoint.")],
     output: Annotated[Path, typer.Option("--output", "-o", help="Bundle folder to make.")],
+    lora: Annotated[
+        list[str] | None,
+        typer.Option(help="FILE:SCALE, merged into the weights; FILE:SCALE:high or :low for one expert; repeatable."),
+    ] = None,
+    copy: Annotated[bool, typer.Option("--copy", help="Copy the weights, instead of linking the files.")] = False,
 ) -> None:
     """Compile a checkpoint into a bundle (needs the extra `export`)."""
     try:
         from tubelet.export.build import build  # noqa: TID251 the one lazy exception
+        from tubelet.export.lora import Lora  # noqa: TID251
     except ImportError as error:
         raise UserError(
             f"exporting needs a package that is missing ({error}); install tubelet with its extras export and cpu"
         ) from error
     with err.status("") as status:
-        made = build(checkpoint, output, status.update)
+        loras = [Lora.parse(text) for text in lora or []]
+        made = build(checkpoint, output, loras, copy, status.update)
     worst = max(row.relative for row in made.manifest.parity)
     out.print(
         f"wrote {output}: {len(made.manifest.components)} components, key {made.key[:16]}, "

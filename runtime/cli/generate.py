@@ -18,11 +18,12 @@ from ..errors import UserError
 from ..fit import Fit
 from ..geometry import frames_for
 from ..media import read_clip
-from ..pipeline import Frames, Pipeline
+from ..pipeline import Pipeline
 from ..recipe import Recipe
 from ..request import Request, Settings
 from ..strict import read, require
 from ..studio import Scene, Studio
+from ..vae import Frames
 from .app import command, err
 from .options import Chat, Output, Run, Sampling, Size, check_seconds
 from .output import Clip, Clock, digest, output_paths, read_recipe, write_all

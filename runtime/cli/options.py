@@ -37,6 +37,10 @@ class Sampling:
     guidance: Annotated[float | None, typer.Option(help="Classifier-free guidance; 1 is off and halves the work.")] = (
         None
     )
+    guidance_low: Annotated[
+        float | None,
+        typer.Option(help="Guidance at low noise, of a model with two denoisers; --guidance if not given."),
+    ] = None
     sampler: Annotated[str | None, typer.Option(help="euler or unipc.")] = None
     shift: Annotated[float | None, typer.Option(help="Moves noise levels towards noise.")] = None
     negative_prompt: Annotated[str | None, typer.Option(help="What the video should not show.")] = None
@@ -48,6 +52,7 @@ class Sampling:
             negative_prompt=self.negative_prompt,
             steps=self.steps,
             guidance=self.guidance,
+            guidance_low=self.guidance_low,
             sampler=self.sampler,
             shift=self.shift,
             seed=self.seed or 0,

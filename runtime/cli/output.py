@@ -19,10 +19,11 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextC
 from ..bundle import record
 from ..comment import get
 from ..errors import UserError
-from ..pipeline import Frames, Pipeline
+from ..pipeline import Pipeline
 from ..recipe import Recipe
 from ..sheet import MAX_ROWS, contact_sheet, sheet_size, shown_frames
 from ..studio import Studio
+from ..vae import Frames
 from ..video import MAX_SIZE, VideoWriter, check_length, codec_for
 from .app import err, out
 

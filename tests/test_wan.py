@@ -1,0 +1,405 @@
+"""Wan's published models: both layouts read alike, damage is listed, and diffusers' pipelines are reproduced.
+
+    pytest tests/test_wan.py
+
+The reference models run in torch here, in the place of engines: what is proved is names, shapes, conditioning and the
+loop; `test_wan_graphs.py` proves the graphs. 1e-4 of a latent after eight steps: float32 in another order of summation,
+through eight evaluations and guidance.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import shutil
+from collections.abc import Mapping
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from numpy.typing import NDArray
+from PIL import Image
+from published import KINDS, TEXTS, pipeline, renamed, write_diffusers, write_original
+from safetensors.torch import load_file, save_file
+
+from tubelet.export.checkpoint import Checkpoint
+from tubelet.export.components import Component, build_modules, components
+from tubelet.export.lora import Lora, merged
+from tubelet.export.storage import digest
+from tubelet.export.wan import open_wan
+from tubelet.export.wan_names import TRANSFORMER, Layout
+from tubelet.runtime import Pipeline, Request, UserError
+from tubelet.runtime.canvas import Canvas
+from tubelet.runtime.loop import HostLoop, Steps
+from tubelet.runtime.studio import Studio
+from tubelet.runtime.targets import Choice
+from tubelet.runtime.text import clean
+
+STEPS, SHIFT = 8, 3.0
+DENOISING = ("denoiser", "conditioner")
+
+
+class TorchEngine:
+    def __init__(self, component: Component):
+        self._component = component
+
+    @torch.no_grad()
+    def __call__(self, inputs: Mapping[str, NDArray[Any]]) -> dict[str, Any]:
+        results = self._component.run({name: torch.from_numpy(value) for name, value in inputs.items()})
+        return {name: r.numpy() for name, r in zip(self._component.outputs, results, strict=True)}
+
+    advance = __call__
+
+    def bind(self, inputs: Mapping[str, Any], outputs: Mapping[str, Any]) -> SimpleNamespace:
+        return SimpleNamespace(run=lambda: np.copyto(outputs["velocity"], self(inputs)["velocity"]))
+
+
+class TorchEngines:
+    """A checkpoint's modules as a pipeline's engines."""
+
+    def __init__(self, checkpoint: Checkpoint):
+        with torch.device("meta"):
+            parts = components(checkpoint.spec, build_modules(checkpoint.spec))
+        self.used: list[str] = []
+        self._parts = {part.name: part for part in parts}
+        for part in parts:
+            for name, tensor in part.module.state_dict().items():
+                assert tuple(tensor.shape) == checkpoint.tensors[part.weights + name].shape
+            part.module.load_state_dict(
+                {n: checkpoint.read(part.weights + n).float() for n in part.module.state_dict()}, assign=True
+            )
+
+    def __getitem__(self, name: str) -> TorchEngine:
+        self.used.append(name)
+        return TorchEngine(self._parts[name])
+
+    def check(self, geometry: Any, batch: int) -> None:
+        """Any clip."""
+
+    def loop(self, steps: Steps) -> HostLoop:
+        return HostLoop(self[steps.denoiser], steps)
+
+
+@dataclasses.dataclass(frozen=True)
+class Published:
+    """One model: diffusers' pipeline, its folders, and ours."""
+
+    theirs: Any
+    diffusers: Path
+    original: Path
+    checkpoint: Checkpoint
+    ours: Pipeline
+
+
+@pytest.fixture(scope="module")
+def models(tmp_path_factory: pytest.TempPathFactory) -> Mapping[str, Published]:
+    return _Models(tmp_path_factory.mktemp("wan"))  # type: ignore[return-value]
+
+
+class _Models(dict[str, Published]):
+    """Made when first asked for."""
+
+    def __init__(self, folder: Path):
+        super().__init__()
+        self._folder = folder
+
+    def __missing__(self, name: str) -> Published:
+        theirs = pipeline(name)
+        theirs.set_progress_bar_config(disable=True)
+        folder = write_diffusers(theirs, self._folder / name)
+        original = write_original(theirs, name, self._folder / f"{name}-original")
+        made = self._folder / f"{name}-made"
+        made.mkdir()
+        checkpoint = open_wan(folder).materialised(made)
+        bundle = SimpleNamespace(spec=checkpoint.spec, key=name, path=lambda _: checkpoint.tokenizer)
+        ours = Pipeline(bundle, TorchEngines(checkpoint), Choice("cpu", "torch", ()))  # type: ignore[arg-type]
+        self[name] = Published(theirs, folder, original, checkpoint, ours)
+        return self[name]
+
+
+@pytest.mark.parametrize("name", KINDS)
+def test_both_layouts_are_the_same_model(models: Mapping[str, Published], name: str) -> None:
+    ours, other = models[name].checkpoint, open_wan(models[name].original)
+
+    assert ours.spec == other.spec
+    assert ours.spec.name == name
+    assert other.tensors.keys() | other.made.keys() == ours.tensors.keys()
+    for key, stored in other.tensors.items():
+        mine = ours.tensors[key]
+        assert (stored.dtype, stored.shape) == (mine.dtype, mine.shape)
+        assert digest(other.files[stored.file], stored) == digest(ours.files[mine.file], mine), key
+
+
+@pytest.mark.parametrize(
+    ("name", "width", "height", "frames"),
+    [
+        ("wan2.1-t2v", 48, 80, 9),  # portrait, an odd grid
+        ("wan2.1-t2v", 64, 32, 1),
+        ("wan2.2-t2v-a14b", 80, 48, 5),
+    ],
+)
+def test_text_to_video_is_diffusers(
+    models: Mapping[str, Published], name: str, width: int, height: int, frames: int
+) -> None:
+    model = models[name]
+    low = 2.0 if KINDS[name].boundary else None
+    noise, canvas = _noise(model, width, height, frames)
+
+    request = _request(width, height, frames, low)
+    found = _finished(model.ours, request, canvas)
+    wanted = model.theirs(**_arguments(width, height, frames, low, noise)).frames[0].numpy()
+
+    _assert_close(found, wanted)
+    used = [name for name in model.ours.engines.used if name.startswith("denoiser")]
+    assert set(used) == ({"denoiser", "denoiser_low"} if low else {"denoiser"})
+
+
+@pytest.mark.parametrize(
+    ("name", "width", "height", "frames"),
+    [
+        ("wan2.1-i2v", 48, 80, 9),
+        ("wan2.1-flf2v", 64, 48, 9),
+        ("wan2.2-i2v-a14b", 80, 48, 5),
+        ("wan2.2-ti2v", 96, 64, 9),
+    ],
+)
+def test_image_to_video_is_diffusers(
+    models: Mapping[str, Published], name: str, width: int, height: int, frames: int
+) -> None:
+    """Canvases made by the studio from pictures, as the command line makes them."""
+    model, kind = models[name], KINDS[name]
+    low = 2.0 if kind.boundary else None
+    rng = np.random.default_rng(1)
+    first, last = rng.integers(0, 256, (2, height, width, 3), np.uint8)
+    noise, _ = _noise(model, width, height, frames)
+    shown = {0: first, frames - 1: last} if kind.pictures == 2 else {0: first}
+
+    request = _request(width, height, frames, low)
+    canvas = _canvas(model.ours, request, shown, frames, noise)
+    found = _finished(model.ours, request, canvas)
+    pictures = {"image": Image.fromarray(first)}
+    if kind.pictures == 2:
+        pictures["last_image"] = Image.fromarray(last)
+    wanted = model.theirs(**_arguments(width, height, frames, low, noise), **pictures).frames[0].numpy()
+
+    _assert_close(found, wanted)
+
+
+def _noise(model: Published, width: int, height: int, frames: int) -> tuple[NDArray[np.float32], Canvas]:
+    """Noise, and a canvas on which nothing is known but it."""
+    vae = model.checkpoint.spec.vae
+    side = vae.spatial_factor
+    shape = (vae.latent_channels, 1 + (frames - 1) // 4, height // side, width // side)
+    noise = np.random.default_rng(0).standard_normal(shape, np.float32)
+    grid = (shape[1], shape[2] // 2, shape[3] // 2)
+    return noise, Canvas(np.zeros_like(noise), np.zeros(grid, np.bool_), noise)
+
+
+def _request(width: int, height: int, frames: int, low: float | None) -> Request:
+    return Request(
+        TEXTS[2], negative_prompt="blurry,  &amp; dark", width=width, height=height, frames=frames, steps=STEPS,
+        guidance=3.0, guidance_low=low, sampler="unipc", shift=SHIFT,
+    )  # fmt: skip
+
+
+def _arguments(width: int, height: int, frames: int, low: float | None, noise: NDArray[np.float32]) -> dict[str, Any]:
+    return {
+        "prompt": TEXTS[2], "negative_prompt": "blurry,  &amp; dark", "width": width, "height": height,
+        "num_frames": frames, "num_inference_steps": STEPS, "guidance_scale": 3.0, "guidance_scale_2": low,
+        "latents": torch.from_numpy(noise)[None], "output_type": "latent",
+    }  # fmt: skip
+
+
+def _canvas(
+    ours: Pipeline, request: Request, shown: Mapping[int, NDArray[np.uint8]], frames: int, noise: NDArray[np.float32]
+) -> Canvas:
+    """The first canvas that the studio paints for these pictures, with this noise."""
+    painted: list[Canvas] = []
+
+    class Stopped(Exception):
+        pass
+
+    def prepare(request: Request, canvas: Canvas) -> None:
+        painted.append(canvas)
+        raise Stopped
+
+    stopping = SimpleNamespace(spec=ours.spec, encode=ours.encode, prepare=prepare)
+    with pytest.raises(Stopped):
+        Studio(stopping)._paint_around(request, shown, frames)  # type: ignore[arg-type]
+    return dataclasses.replace(painted[0], noise=noise)
+
+
+def _finished(ours: Pipeline, request: Request, canvas: Canvas) -> NDArray[np.float32]:
+    generation = ours.prepare(request, canvas)
+    ours.finish(generation)
+    return ours.latent(generation)
+
+
+def _assert_close(found: NDArray[np.float32], wanted: NDArray[np.float32]) -> None:
+    error = float(np.linalg.norm(found - wanted) / np.linalg.norm(wanted))
+    assert found.shape == wanted.shape
+    assert error < 1e-4, error
+    assert np.abs(wanted).max() > 0.5
+
+
+def lora_of(weights: Mapping[str, torch.Tensor], style: str) -> dict[str, torch.Tensor]:
+    """A random adapter of all attentions and FFNs, whose alpha is half its rank where the style has one."""
+    generator = torch.Generator().manual_seed(7)
+    layers = [name for name in weights if ".attn" in name or ".ffn" in name]
+    linear = [name.removesuffix(".weight") for name in layers if name.endswith(".weight") and weights[name].ndim == 2]
+    found: dict[str, torch.Tensor] = {}
+    for layer in linear:
+        rows, columns = weights[f"{layer}.weight"].shape
+        down = torch.randn(4, columns, generator=generator) / 8
+        up = torch.randn(rows, 4, generator=generator) / 8
+        if style == "diffusers":
+            found |= {f"transformer.{layer}.lora_A.weight": down, f"transformer.{layer}.lora_B.weight": up}
+            continue
+        (original,) = renamed(TRANSFORMER, {f"{layer}.weight": up}, 2)
+        original = original.removesuffix(".weight")
+        called = f"lora_unet_{original.replace('.', '_')}" if style == "kohya" else f"diffusion_model.{original}"
+        found |= {f"{called}.lora_down.weight": down, f"{called}.lora_up.weight": up}
+        found[f"{called}.alpha"] = torch.tensor(2.0)
+    return found
+
+
+@pytest.mark.parametrize("style", ["diffusers", "original", "kohya"])
+def test_adapters_are_merged_as_diffusers_fuses_them(
+    models: Mapping[str, Published], tmp_path: Path, style: str
+) -> None:
+    """1e-6: one product of rank 4 in float32, added in another order."""
+    model = models["wan2.1-t2v"]
+    file = tmp_path / "style.safetensors"
+    save_file(lora_of(model.theirs.transformer.state_dict(), style), file)
+    fused = pipeline("wan2.1-t2v")
+    fused.load_lora_weights(str(file), adapter_name="style")
+    fused.fuse_lora(lora_scale=0.8)
+    fused.unload_lora_weights()
+    wanted = renamed(TRANSFORMER, fused.transformer.state_dict(), 2)
+
+    ours = merged(open_wan(model.diffusers), [Lora.parse(f"{file}:0.8")]).materialised(tmp_path)
+
+    sources = TRANSFORMER.sources((n for n in ours.tensors if n.split(".")[0] in DENOISING), Layout.ORIGINAL, 2)
+    changed = 0
+    for name, theirs in sources.items():
+        expected = wanted[theirs].reshape(ours.tensors[name].shape)
+        torch.testing.assert_close(ours.read(name), expected, atol=1e-6, rtol=1e-6)
+        changed += ours.tensors[name].file == "made.safetensors"
+    assert changed == 2 * 10  # q, k, v, o twice and the FFN's two, in two blocks
+
+
+def test_several_adapters_add_up_and_differences_are_whole(models: Mapping[str, Published], tmp_path: Path) -> None:
+    checkpoint, file = open_wan(models["wan2.2-t2v-a14b"].diffusers), tmp_path / "diff.safetensors"
+    name = "blocks.0.self_attn.q"
+    shape = checkpoint.tensors["denoiser.blocks.0.self_attention.q.weight"].shape
+    save_file(
+        {f"diffusion_model.{name}.diff": torch.ones(shape), f"diffusion_model.{name}.diff_b": torch.ones(shape[0])},
+        file,
+    )
+
+    loras = [Lora.parse(str(file)), Lora.parse(f"{file}:-0.25"), Lora.parse(f"{file}:0.5:low")]
+    ours = merged(checkpoint, loras).materialised(tmp_path)
+
+    for expert, added in (("", 0.75), ("_low", 1.25)):
+        for parameter in ("weight", "bias"):
+            key = f"denoiser{expert}.blocks.0.self_attention.q.{parameter}"
+            torch.testing.assert_close(ours.read(key) - checkpoint.read(key), torch.full_like(ours.read(key), added))
+
+
+@pytest.mark.parametrize(
+    ("key", "shape", "message"),
+    [
+        (
+            "transformer.blocks.9.attn1.to_q.lora_A.weight",
+            (4, 48),
+            r"not its parameters: transformer.blocks.9.attn1.to_q",
+        ),
+        ("transformer.blocks.0.attn1.to_q.lora_A.weight", (4, 48), r"to_q.lora_A.weight; of another shape: none"),
+        ("lora_unet_blocks_0_ffn_0.diff_b", (3,), r"of another shape: denoiser.blocks.0.ffn.0.bias"),
+    ],
+)
+def test_adapters_must_fit(
+    models: Mapping[str, Published], tmp_path: Path, key: str, shape: tuple[int, ...], message: str
+) -> None:
+    save_file({key: torch.zeros(shape)}, tmp_path / "a.safetensors")
+    with pytest.raises(UserError, match=message):
+        merged(open_wan(models["wan2.1-t2v"].diffusers), [Lora.parse(f"{tmp_path / 'a.safetensors'}:1")])
+
+
+def test_adapters_are_named_with_a_scale() -> None:
+    assert Lora.parse("a.safetensors") == Lora(Path("a.safetensors"), 1.0, None)
+    assert Lora.parse("b:c.safetensors:0.5:low") == Lora(Path("b:c.safetensors"), 0.5, "low")
+    for text in ("a:b", "a:nan", ":1"):
+        with pytest.raises(UserError, match="--lora"):
+            Lora.parse(text)
+
+
+@pytest.mark.parametrize("layout", ["diffusers", "original"])
+def test_damaged_folders_are_refused(models: Mapping[str, Published], tmp_path: Path, layout: str) -> None:
+    """One message names what is missing, unknown and wrongly shaped."""
+    source = getattr(models["wan2.1-i2v"], layout)
+    folder = Path(shutil.copytree(source, tmp_path / "wan"))
+    inside = folder / "transformer" if layout == "diffusers" else folder
+    for index in inside.glob("*.index.json"):
+        index.unlink()
+    shards = {path: load_file(path) for path in inside.glob("*.safetensors")}
+    shard, weights = max(shards.items(), key=lambda item: len(item[1]))
+    names = sorted(name for name in weights if name.startswith("blocks."))
+    del weights[names[0]]
+    weights["extra.weight"] = torch.zeros(2)
+    weights[names[1]] = torch.zeros(3, 3)
+    save_file(weights, shard)
+
+    with pytest.raises(UserError) as error:
+        open_wan(folder)
+    told = str(error.value)
+    assert f"missing: {names[0]}" in told and "unknown: extra.weight" in told and f"{names[1]} is [3, 3]" in told
+
+
+def test_a_pickled_program_is_refused(models: Mapping[str, Published], tmp_path: Path) -> None:
+    folder = Path(shutil.copytree(models["wan2.1-t2v"].original, tmp_path / "wan"))
+    text = folder / "models_t5_umt5-xxl-enc-bf16.pth"
+    torch.save({"weight": Path("/")}, text)
+    with pytest.raises(UserError, match="is not a usable file of weights"):
+        open_wan(folder)
+    text.write_bytes(text.read_bytes()[:100])
+    with pytest.raises(UserError, match="is not a usable file of weights"):
+        open_wan(folder)
+    text.unlink()
+    with pytest.raises(UserError, match=r"must have one file models_t5_\*.pth, has none"):
+        open_wan(folder)
+
+
+def test_ids_are_those_of_transformers(models: Mapping[str, Published]) -> None:
+    """In many languages, after diffusers' own clean-up, padded to 512."""
+    from diffusers.pipelines.wan.pipeline_wan import prompt_clean
+
+    model = models["wan2.1-t2v"]
+    odd = [
+        "  two  spaces\u3000and\ttabs\n",
+        "a &amp;amp; b &lt;i&gt;",
+        "\u201ccurly\u201d \u2018quotes\u2019 \ufb01ne",
+        "schÃ¶n",
+        "",
+        "e\u0301",
+    ]
+    prompts = [*TEXTS, *odd]
+    assert [clean(p) for p in prompts] == [prompt_clean(p) for p in prompts]
+
+    wanted = model.theirs.tokenizer(
+        [prompt_clean(p) for p in prompts], padding="max_length", max_length=512, return_tensors="np"
+    )
+    ids, mask = model.ours.tokenizer(prompts)
+
+    np.testing.assert_array_equal(ids, wanted["input_ids"])
+    np.testing.assert_array_equal(mask, wanted["attention_mask"])
+
+
+def test_a_model_for_pictures_needs_one(models: Mapping[str, Published]) -> None:
+    request = _request(48, 48, 5, None)
+    with pytest.raises(UserError, match=r"wan2\.1-i2v makes clips of pictures or of other clips; give one"):
+        models["wan2.1-i2v"].ours.prepare(request)
+    with pytest.raises(UserError, match="has one denoiser; guidance_low is for models of two"):
+        models["wan2.1-t2v"].ours.prepare(dataclasses.replace(request, guidance_low=2.0))
