@@ -21,7 +21,7 @@ from .atomic import temporary_beside
 from .canvas import Canvas
 from .errors import UserError
 from .geometry import Geometry
-from .loop import Loop
+from .loop import Loop, Steps
 from .request import Request, Settings
 from .schedule import Schedule
 from .strict import read
