@@ -31,8 +31,7 @@ def make(folder: Path) -> None:
         train_vae.sharpen(vae_spec(), folder)
     vae = torch.load(folder / "vae.pt", weights_only=True)
     spec = model_spec(vae["latent_mean"].flatten().tolist(), vae["latent_std"].flatten().tolist())
-    if not (folder / "latents.pt").exists():
-        train_denoiser.encode_pool(spec, folder)
+    train_denoiser.encode_pool(spec, folder)
     if not (folder / "denoiser.pt").exists():
         train_denoiser.train(spec, folder)
     if not (folder / "captioner.pt").exists():

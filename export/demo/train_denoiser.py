@@ -10,7 +10,9 @@ a box in space and time, or single frames anywhere.
 
 from __future__ import annotations
 
+import bisect
 import dataclasses
+import itertools
 import math
 from collections.abc import Iterator
 from pathlib import Path
@@ -74,28 +76,33 @@ POOLS: dict[str, tuple[tuple[int, int, int, int], ...]] = {
     ),
 }
 SLOW_LENGTH = 65
-CLIPS = [(kind, *clips) for kind, pool in POOLS.items() for clips in pool]
-# how often each kind is seen: at first, from WIDE_FROM, from FIRST and from FIRST + SECOND on
+# Other clips of the same numbers each time. With one round the loss of fresh clips was up to 1.4 times the pool's.
+ROUNDS = 3
+CLIPS = [(kind, *clips) for _ in range(ROUNDS) for kind, pool in POOLS.items() for clips in pool]
+# how often each kind is seen: at first, from WIDE_FROM, and in each descent after the first
 SHARES = (
     {"plain": 1.0},
     {"plain": 0.6, "wide": 0.4},
     {"plain": 0.5, "wide": 0.35, "stopping": 0.15},
     {"plain": 0.38, "wide": 0.27, "stopping": 0.07, "starting": 0.07, "slow": 0.09, "fast": 0.12},
+    {"plain": 0.36, "wide": 0.24, "stopping": 0.07, "starting": 0.11, "slow": 0.09, "fast": 0.13},
 )
 # latent frames of a batch, by latent frames of the pool's clips; 11 (41 frames) is never trained
 CUTS = {3: (3, 2), 5: (5, 5, 3), 9: (9, 9, 7, 5), 13: (13, 9, 7), 17: (17, 15, 13)}
 WIDE_FROM = 5500
-FIRST, SECOND, THIRD = 10000, 2200, 2600  # steps of three descents of the learning rate
-STEPS = FIRST + SECOND + THIRD
-IMAGE_SHARES = (0.06, 0.12, 0.12)  # of the three
+DESCENTS = (10000, 2200, 2600, 3000)  # steps of each descent of the learning rate
+PEAKS = (1.0, 0.5, 0.45, 0.45)  # of the learning rate
+STEPS = sum(DESCENTS)
+IMAGE_SHARES = (0.06, 0.12, 0.12, 0.12)  # of each descent
 TOKENS_PER_BATCH = 2048
 LEARNING_RATE = 2.5e-3
 CAPTION_DROP = 0.1
-# how often a clip has which pattern of known tokens, in the three descents and in kinds of their own
+# how often a clip has which pattern of known tokens, in each descent and in kinds of their own
 PATTERNS = ("none", "first", "last", "both", "box", "keyframes")
 PATTERN_ODDS = (
     (0.7, 0.12, 0.045, 0.06, 0.075, 0.0),
     (0.6, 0.12, 0.06, 0.06, 0.08, 0.08),
+    (0.57, 0.12, 0.08, 0.07, 0.08, 0.08),
     (0.57, 0.12, 0.08, 0.07, 0.08, 0.08),
 )
 KIND_ODDS = {
@@ -118,24 +125,26 @@ def draw_clip(kind: str, scene: Scene, width: int, height: int, frames: int, rng
 
 
 def encode_pool(spec: ModelSpec, folder: Path) -> None:
-    """Renders and encodes the pool: per size and length, latents fp16 [n,C,T',h,w] and the scenes' numbers."""
-    vae = _vae(spec, folder)
-    scenes_order = np.random.default_rng(31).permutation(len(TRAINED))
-    drawn, pool = 0, []
-    with torch.no_grad():
-        for number, (kind, width, height, frames, count) in enumerate(CLIPS):
-            rng = np.random.default_rng((37, number))
-            scenes, latents = [], []
-            for _ in range(count):
-                scenes.append(int(scenes_order[drawn % len(TRAINED)]))
-                drawn += 1
-                clip = draw_clip(kind, TRAINED[scenes[-1]], width, height, frames, rng)
-                pixels = to_pixels(clip[None]).contiguous(memory_format=torch.channels_last_3d)
-                mean = whole(vae.encoder, pixels).chunk(2, dim=1)[0]
-                latents.append(mean.half())
-            pool.append({"kind": kind, "latents": torch.cat(latents), "scenes": scenes})
-            print(f"encoded {kind} {width}x{height}x{frames}: {count} clips", flush=True)
-    save(pool, folder / "latents.pt")
+    """Renders and encodes what the pool lacks: per size and length, latents fp16 [n,C,T',h,w] and scenes' numbers."""
+    vae, file = _vae(spec, folder), folder / "latents.pt"
+    pool = torch.load(file, weights_only=True) if file.exists() else []
+    order = np.random.default_rng(31).permutation(len(TRAINED))
+    drawn = sum(len(entry["scenes"]) for entry in pool)
+    for number in range(len(pool), len(CLIPS)):
+        kind, width, height, frames, count = CLIPS[number]
+        rng = np.random.default_rng((37, number))
+        scenes = [int(order[i % len(TRAINED)]) for i in range(drawn, drawn + count)]
+        drawn += count
+        clips = np.stack([draw_clip(kind, TRAINED[scene], width, height, frames, rng) for scene in scenes])
+        with torch.no_grad():
+            latents = [
+                whole(vae.encoder, to_pixels(some).contiguous(memory_format=torch.channels_last_3d)).chunk(2, dim=1)[0]
+                for some in np.array_split(clips, math.ceil(count / 4))
+            ]
+        pool.append({"kind": kind, "latents": torch.cat(latents).half(), "scenes": scenes})
+        print(f"encoded {kind} {width}x{height}x{frames}: {count} clips", flush=True)
+        if len(pool) % (len(CLIPS) // ROUNDS) == 0:
+            save(pool, file)
 
 
 def _vae(spec: ModelSpec, folder: Path) -> Vae:
@@ -184,17 +193,15 @@ def pack(latents: Tensor, patch: tuple[int, int, int]) -> Tensor:
 
 
 def rate(step: int) -> float:
-    """Share of the peak learning rate: down to zero three times, from lower every time."""
-    if step < FIRST:
-        return trapezoid(step, FIRST, flat=0.5)
-    if step < FIRST + SECOND:
-        return 0.5 * trapezoid(step - FIRST, SECOND, flat=0.2)
-    return 0.45 * trapezoid(step - FIRST - SECOND, THIRD, flat=0.2)
+    """Share of the peak learning rate: down to zero in every descent."""
+    number = descent(step)
+    flat = 0.2 if number else 0.5
+    return PEAKS[number] * trapezoid(step - sum(DESCENTS[:number]), DESCENTS[number], flat=flat)
 
 
 def descent(step: int) -> int:
-    """Which descent of the learning rate the step belongs to: 0, 1 or 2."""
-    return (step >= FIRST) + (step >= FIRST + SECOND)
+    """Which descent of the learning rate the step belongs to, from 0."""
+    return bisect.bisect(list(itertools.accumulate(DESCENTS[:-1])), step)
 
 
 def draw_known(grid: tuple[int, int, int], rng: np.random.Generator, odds: tuple[float, ...]) -> np.ndarray:
