@@ -85,7 +85,7 @@ SHARES = (
     {"plain": 0.6, "wide": 0.4},
     {"plain": 0.5, "wide": 0.35, "stopping": 0.15},
     {"plain": 0.38, "wide": 0.27, "stopping": 0.07, "starting": 0.07, "slow": 0.09, "fast": 0.12},
-    {"plain": 0.36, "wide": 0.24, "stopping": 0.07, "starting": 0.11, "slow": 0.09, "fast": 0.13},
+    {"plain": 0.34, "wide": 0.22, "stopping": 0.06, "starting": 0.09, "slow": 0.16, "fast": 0.13},
 )
 # latent frames of a batch, by latent frames of the pool's clips; 11 (41 frames) is never trained
 CUTS = {3: (3, 2), 5: (5, 5, 3), 9: (9, 9, 7, 5), 13: (13, 9, 7), 17: (17, 15, 13)}
@@ -209,10 +209,9 @@ def draw_known(grid: tuple[int, int, int], rng: np.random.Generator, odds: tuple
     t = grid[0]
     known = np.zeros(grid, np.float32)
     kind = rng.choice(PATTERNS, p=odds)
-    if kind in ("first", "both"):
-        known[: 1 if rng.random() < 0.5 else rng.integers(1, max(2, t // 2 + 1))] = 1
-    if kind in ("last", "both"):
-        known[-1 if rng.random() < 0.5 else -int(rng.integers(1, max(2, t // 2 + 1))) :] = 1
+    for side, kinds in ((slice(None), ("first", "both")), (slice(None, None, -1), ("last", "both"))):
+        if kind in kinds:
+            known[side][: 1 if rng.random() < 0.35 else rng.integers(1, max(2, t // 2 + 1))] = 1
     if kind == "box":
         low = [rng.integers(n) for n in grid]
         high = [rng.integers(a + 1, n + 1) for a, n in zip(low, grid, strict=True)]
