@@ -1,8 +1,8 @@
 """Makes the embedded model: `python -m tubelet.export.demo FOLDER`.
 
 Stages, each skipped when its result is in FOLDER: the VAE, sharpened, the pool of latents, the denoiser, the
-captioner, the decoder twice more, the checkpoint. An interrupted training goes on from its last save; a changed recipe
-needs a new FOLDER. Then `tubelet export FOLDER/checkpoint -o BUNDLE` makes the bundle.
+captioner, the decoder three times more, the checkpoint. An interrupted training goes on from its last save; a changed
+recipe needs a new FOLDER. Then `tubelet export FOLDER/checkpoint -o BUNDLE` makes the bundle.
 """
 
 from __future__ import annotations
@@ -40,13 +40,17 @@ def make(folder: Path) -> None:
         train_vae.refine_decoder(spec.vae, folder)
     if not (folder / "vae_settled.pt").exists():
         train_vae.settle_decoder(spec.vae, folder)
+    if not (folder / "remade.pt").exists():
+        train_denoiser.remake(spec, folder)
+    if not (folder / "vae_adapted.pt").exists():
+        train_vae.adapt_decoder(spec.vae, folder)
     write_checkpoint(spec, folder)
 
 
 def write_checkpoint(spec: ModelSpec, folder: Path) -> None:
     """Joins all trainings' weights, in fp16, to the checkpoint that `tubelet export` reads."""
     weights = torch.load(folder / "denoiser.pt", weights_only=True)
-    vae = torch.load(folder / "vae_settled.pt", weights_only=True)
+    vae = torch.load(folder / "vae_adapted.pt", weights_only=True)
     weights |= torch.load(folder / "captioner.pt", weights_only=True)
     weights |= {f"vae.{name}": tensor for name, tensor in vae.items()}
     checkpoint = folder / "checkpoint"

@@ -22,9 +22,9 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from tubelet.runtime import kernels
 from tubelet.runtime.geometry import coordinate_columns
-from tubelet.runtime.kernels import rope3d
-from tubelet.runtime.schedule import time_features
+from tubelet.runtime.schedule import make_schedule, time_features
 from tubelet.runtime.spec import ModelSpec
 from tubelet.runtime.text import PromptTokenizer
 
@@ -97,6 +97,7 @@ IMAGE_SHARES = (0.06, 0.12, 0.12, 0.12)  # of each descent
 TOKENS_PER_BATCH = 2048
 LEARNING_RATE = 2.5e-3
 CAPTION_DROP = 0.1
+REMADE_CLIPS, REMADE_STRENGTH = 24, 0.25  # of each size and length; share of the sampler's steps
 # how often a clip has which pattern of known tokens, in each descent and in kinds of their own
 PATTERNS = ("none", "first", "last", "both", "box", "keyframes")
 PATTERN_ODDS = (
@@ -259,7 +260,7 @@ class Batches:
         denoiser = self.spec.denoiser
         grid = cast(tuple[int, int, int], tuple(n // p for n, p in zip(latents.shape[2:], denoiser.patch, strict=True)))
         ids, mask = self.tokenizer(captions)
-        rope = rope3d(grid, denoiser.head_size, theta=denoiser.theta)
+        rope = kernels.rope3d(grid, denoiser.head_size, theta=denoiser.theta)
         clean = pack((latents.float() - self.mean) / self.std, denoiser.patch)
         return Batch(
             clean=clean,
@@ -313,6 +314,43 @@ def train(spec: ModelSpec, folder: Path) -> None:
             average.update_parameters(model)
             checkpoint.log(loss=loss.item(), tokens=batch.clean.shape[0] * batch.clean.shape[1])
     save(average.module.state_dict(), folder / "denoiser.pt")
+
+
+@torch.no_grad()
+def remake(spec: ModelSpec, folder: Path) -> None:
+    """Small clips of the pool and their latents as a sampler ends on them, for the decoder to learn from: `remade.pt`.
+
+    The latents are noised as they are some steps before the end of sampling, where all motion is decided, and denoised
+    again with the default settings: pixels uint8 [n,T,H,W,3] and latents fp16 [n,C,T',h,w] by size and length.
+    """
+    model, batches, remade = Model(spec), Batches(spec, folder), []
+    model.load_state_dict(torch.load(folder / "denoiser.pt", weights_only=True))
+    default, size = spec.defaults, spec.denoiser.time_features
+    sigmas = make_schedule("euler", default.steps, default.shift, REMADE_STRENGTH).sigmas
+    for number, ((kind, width, height, frames, count), entry) in enumerate(zip(CLIPS, batches.pool)):
+        if number >= len(CLIPS) // ROUNDS or kind not in ("plain", "fast") or width * height > 96 * 64 or frames > 33:
+            continue
+        rng, torch_rng = np.random.default_rng((37, number)), torch.Generator().manual_seed(number)
+        some = slice(min(count, REMADE_CLIPS))
+        scenes = [TRAINED[scene] for scene in entry["scenes"][some]]
+        pixels = np.stack([draw_clip(kind, scene, width, height, frames, rng) for scene in scenes])
+        latents = entry["latents"][some]
+        shown, unshown = (
+            batches.make(latents, captions) for captions in ([caption(s, rng) for s in scenes], [""] * len(scenes))
+        )
+        noise = torch.randn(shown.clean.shape, generator=torch_rng)
+        x = (1 - sigmas[0]) * shown.clean + sigmas[0] * noise
+        for sigma, lower in itertools.pairwise(sigmas):
+            features = torch.from_numpy(time_features(np.tile([1000 * sigma, 0.0], (len(x), 1)), size))
+            guided, free = (model(batch, x.float(), features) for batch in (shown, unshown))
+            x = x + (lower - sigma) * (free + default.guidance * (guided - free))
+        channels, *extents = latents.shape[1:]
+        grid = tuple(n // p for n, p in zip(extents, spec.denoiser.patch, strict=True))
+        unpacked = [kernels.unpack(tokens, channels, grid, spec.denoiser.patch) for tokens in x.float().numpy()]
+        made = torch.from_numpy(np.stack(unpacked)) * batches.std + batches.mean
+        remade.append({"pixels": torch.from_numpy(pixels), "latents": made.half()})
+        print(f"remade {kind} {width}x{height}x{frames}: {(made - latents).square().mean().sqrt():.3f}", flush=True)
+    save(remade, folder / "remade.pt")
 
 
 GAPS = {
