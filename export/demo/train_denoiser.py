@@ -327,8 +327,9 @@ def remake(spec: ModelSpec, folder: Path) -> None:
     model.load_state_dict(torch.load(folder / "denoiser.pt", weights_only=True))
     default, size = spec.defaults, spec.denoiser.time_features
     sigmas = make_schedule("euler", default.steps, default.shift, REMADE_STRENGTH).sigmas
-    for number, ((kind, width, height, frames, count), entry) in enumerate(zip(CLIPS, batches.pool)):
-        if number >= len(CLIPS) // ROUNDS or kind not in ("plain", "fast") or width * height > 96 * 64 or frames > 33:
+    for number in range(len(CLIPS) - len(CLIPS) // ROUNDS, len(CLIPS)):  # the last round
+        (kind, width, height, frames, count), entry = CLIPS[number], batches.pool[number]
+        if kind not in ("plain", "fast") or width * height > 96 * 64 or frames > 33:
             continue
         rng, torch_rng = np.random.default_rng((37, number)), torch.Generator().manual_seed(number)
         some = slice(min(count, REMADE_CLIPS))
