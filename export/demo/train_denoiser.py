@@ -90,7 +90,7 @@ SHARES = (
 # latent frames of a batch, by latent frames of the pool's clips; 11 (41 frames) is never trained
 CUTS = {3: (3, 2), 5: (5, 5, 3), 9: (9, 9, 7, 5), 13: (13, 9, 7), 17: (17, 15, 13)}
 WIDE_FROM = 5500
-DESCENTS = (10000, 2200, 2600, 3000)  # steps of each descent of the learning rate
+DESCENTS = (10000, 2200, 2600, 2200)  # steps of each descent of the learning rate
 PEAKS = (1.0, 0.5, 0.45, 0.45)  # of the learning rate
 STEPS = sum(DESCENTS)
 IMAGE_SHARES = (0.06, 0.12, 0.12, 0.12)  # of each descent
