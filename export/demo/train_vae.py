@@ -292,8 +292,9 @@ def _refine(spec: VaeSpec, source: Path, path: Path, steps: int, batches: Sequen
 def rescale(vae: Vae, clips: Sequence[np.ndarray], most: float = 1024.0) -> None:
     """Scales what each norm reads by a power of two, so that on these clips it stays within `most`.
 
-    Float16 ends at 65504. Training ends with this: Muon's steps have one size, whatever that of the weights. A norm's output does not depend on its input's scale, and the stream between blocks is read
-    by norms and linear layers alone, so the VAE computes the same.
+    Float16 ends at 65504. A norm's output does not depend on its input's scale, and the stream between blocks is read
+    by norms and linear layers alone, so the VAE computes the same. Training cannot go on from it: Muon's steps have one
+    size, whatever the weights' is.
     """
     peaks: dict[nn.Module, float] = {}
 
