@@ -1,8 +1,8 @@
 """Makes the embedded model: `python -m tubelet.export.demo FOLDER`.
 
 Stages, each skipped when its result is in FOLDER: the VAE, sharpened, the pool of latents, the denoiser, the
-captioner, the decoder twice more, the checkpoint. An interrupted training goes on from its last save; a changed recipe
-needs a new FOLDER. Then `tubelet export FOLDER/checkpoint -o BUNDLE` makes the bundle.
+captioner, the decoder three times more, the checkpoint. An interrupted training goes on from its last save; a changed
+recipe needs a new FOLDER. Then `tubelet export FOLDER/checkpoint -o BUNDLE` makes the bundle.
 """
 
 from __future__ import annotations
@@ -31,8 +31,7 @@ def make(folder: Path) -> None:
         train_vae.sharpen(vae_spec(), folder)
     vae = torch.load(folder / "vae.pt", weights_only=True)
     spec = model_spec(vae["latent_mean"].flatten().tolist(), vae["latent_std"].flatten().tolist())
-    if not (folder / "latents.pt").exists():
-        train_denoiser.encode_pool(spec, folder)
+    train_denoiser.encode_pool(spec, folder)
     if not (folder / "denoiser.pt").exists():
         train_denoiser.train(spec, folder)
     if not (folder / "captioner.pt").exists():
@@ -41,13 +40,17 @@ def make(folder: Path) -> None:
         train_vae.refine_decoder(spec.vae, folder)
     if not (folder / "vae_settled.pt").exists():
         train_vae.settle_decoder(spec.vae, folder)
+    if not (folder / "remade.pt").exists():
+        train_denoiser.remake(spec, folder)
+    if not (folder / "vae_adapted.pt").exists():
+        train_vae.adapt_decoder(spec.vae, folder)
     write_checkpoint(spec, folder)
 
 
 def write_checkpoint(spec: ModelSpec, folder: Path) -> None:
     """Joins all trainings' weights, in fp16, to the checkpoint that `tubelet export` reads."""
     weights = torch.load(folder / "denoiser.pt", weights_only=True)
-    vae = torch.load(folder / "vae_settled.pt", weights_only=True)
+    vae = torch.load(folder / "vae_adapted.pt", weights_only=True)
     weights |= torch.load(folder / "captioner.pt", weights_only=True)
     weights |= {f"vae.{name}": tensor for name, tensor in vae.items()}
     checkpoint = folder / "checkpoint"

@@ -10,7 +10,9 @@ a box in space and time, or single frames anywhere.
 
 from __future__ import annotations
 
+import bisect
 import dataclasses
+import itertools
 import math
 from collections.abc import Iterator
 from pathlib import Path
@@ -20,9 +22,9 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from tubelet.runtime import kernels
 from tubelet.runtime.geometry import coordinate_columns
-from tubelet.runtime.kernels import rope3d
-from tubelet.runtime.schedule import time_features
+from tubelet.runtime.schedule import make_schedule, time_features
 from tubelet.runtime.spec import ModelSpec
 from tubelet.runtime.text import PromptTokenizer
 
@@ -74,28 +76,34 @@ POOLS: dict[str, tuple[tuple[int, int, int, int], ...]] = {
     ),
 }
 SLOW_LENGTH = 65
-CLIPS = [(kind, *clips) for kind, pool in POOLS.items() for clips in pool]
-# how often each kind is seen: at first, from WIDE_FROM, from FIRST and from FIRST + SECOND on
+# Other clips of the same numbers each time. With one round the loss of fresh clips was up to 1.4 times the pool's.
+ROUNDS = 3
+CLIPS = [(kind, *clips) for _ in range(ROUNDS) for kind, pool in POOLS.items() for clips in pool]
+# how often each kind is seen: at first, from WIDE_FROM, and in each descent after the first
 SHARES = (
     {"plain": 1.0},
     {"plain": 0.6, "wide": 0.4},
     {"plain": 0.5, "wide": 0.35, "stopping": 0.15},
     {"plain": 0.38, "wide": 0.27, "stopping": 0.07, "starting": 0.07, "slow": 0.09, "fast": 0.12},
+    {"plain": 0.34, "wide": 0.22, "stopping": 0.06, "starting": 0.09, "slow": 0.16, "fast": 0.13},
 )
 # latent frames of a batch, by latent frames of the pool's clips; 11 (41 frames) is never trained
 CUTS = {3: (3, 2), 5: (5, 5, 3), 9: (9, 9, 7, 5), 13: (13, 9, 7), 17: (17, 15, 13)}
 WIDE_FROM = 5500
-FIRST, SECOND, THIRD = 10000, 2200, 2600  # steps of three descents of the learning rate
-STEPS = FIRST + SECOND + THIRD
-IMAGE_SHARES = (0.06, 0.12, 0.12)  # of the three
+DESCENTS = (10000, 2200, 2600, 2200)  # steps of each descent of the learning rate
+PEAKS = (1.0, 0.5, 0.45, 0.45)  # of the learning rate
+STEPS = sum(DESCENTS)
+IMAGE_SHARES = (0.06, 0.12, 0.12, 0.12)  # of each descent
 TOKENS_PER_BATCH = 2048
 LEARNING_RATE = 2.5e-3
 CAPTION_DROP = 0.1
-# how often a clip has which pattern of known tokens, in the three descents and in kinds of their own
+REMADE_CLIPS, REMADE_STRENGTH = 24, 0.25  # of each size and length; share of the sampler's steps
+# how often a clip has which pattern of known tokens, in each descent and in kinds of their own
 PATTERNS = ("none", "first", "last", "both", "box", "keyframes")
 PATTERN_ODDS = (
     (0.7, 0.12, 0.045, 0.06, 0.075, 0.0),
     (0.6, 0.12, 0.06, 0.06, 0.08, 0.08),
+    (0.57, 0.12, 0.08, 0.07, 0.08, 0.08),
     (0.57, 0.12, 0.08, 0.07, 0.08, 0.08),
 )
 KIND_ODDS = {
@@ -118,24 +126,26 @@ def draw_clip(kind: str, scene: Scene, width: int, height: int, frames: int, rng
 
 
 def encode_pool(spec: ModelSpec, folder: Path) -> None:
-    """Renders and encodes the pool: per size and length, latents fp16 [n,C,T',h,w] and the scenes' numbers."""
-    vae = _vae(spec, folder)
-    scenes_order = np.random.default_rng(31).permutation(len(TRAINED))
-    drawn, pool = 0, []
-    with torch.no_grad():
-        for number, (kind, width, height, frames, count) in enumerate(CLIPS):
-            rng = np.random.default_rng((37, number))
-            scenes, latents = [], []
-            for _ in range(count):
-                scenes.append(int(scenes_order[drawn % len(TRAINED)]))
-                drawn += 1
-                clip = draw_clip(kind, TRAINED[scenes[-1]], width, height, frames, rng)
-                pixels = to_pixels(clip[None]).contiguous(memory_format=torch.channels_last_3d)
-                mean = whole(vae.encoder, pixels).chunk(2, dim=1)[0]
-                latents.append(mean.half())
-            pool.append({"kind": kind, "latents": torch.cat(latents), "scenes": scenes})
-            print(f"encoded {kind} {width}x{height}x{frames}: {count} clips", flush=True)
-    save(pool, folder / "latents.pt")
+    """Renders and encodes what the pool lacks: per size and length, latents fp16 [n,C,T',h,w] and scenes' numbers."""
+    vae, file = _vae(spec, folder), folder / "latents.pt"
+    pool = torch.load(file, weights_only=True) if file.exists() else []
+    order = np.random.default_rng(31).permutation(len(TRAINED))
+    drawn = sum(len(entry["scenes"]) for entry in pool)
+    for number in range(len(pool), len(CLIPS)):
+        kind, width, height, frames, count = CLIPS[number]
+        rng = np.random.default_rng((37, number))
+        scenes = [int(order[i % len(TRAINED)]) for i in range(drawn, drawn + count)]
+        drawn += count
+        clips = np.stack([draw_clip(kind, TRAINED[scene], width, height, frames, rng) for scene in scenes])
+        with torch.no_grad():
+            latents = [
+                whole(vae.encoder, to_pixels(some).contiguous(memory_format=torch.channels_last_3d)).chunk(2, dim=1)[0]
+                for some in np.array_split(clips, math.ceil(count / 4))
+            ]
+        pool.append({"kind": kind, "latents": torch.cat(latents).half(), "scenes": scenes})
+        print(f"encoded {kind} {width}x{height}x{frames}: {count} clips", flush=True)
+        if len(pool) % (len(CLIPS) // ROUNDS) == 0:
+            save(pool, file)
 
 
 def _vae(spec: ModelSpec, folder: Path) -> Vae:
@@ -184,17 +194,15 @@ def pack(latents: Tensor, patch: tuple[int, int, int]) -> Tensor:
 
 
 def rate(step: int) -> float:
-    """Share of the peak learning rate: down to zero three times, from lower every time."""
-    if step < FIRST:
-        return trapezoid(step, FIRST, flat=0.5)
-    if step < FIRST + SECOND:
-        return 0.5 * trapezoid(step - FIRST, SECOND, flat=0.2)
-    return 0.45 * trapezoid(step - FIRST - SECOND, THIRD, flat=0.2)
+    """Share of the peak learning rate: down to zero in every descent."""
+    number = descent(step)
+    flat = 0.2 if number else 0.5
+    return PEAKS[number] * trapezoid(step - sum(DESCENTS[:number]), DESCENTS[number], flat=flat)
 
 
 def descent(step: int) -> int:
-    """Which descent of the learning rate the step belongs to: 0, 1 or 2."""
-    return (step >= FIRST) + (step >= FIRST + SECOND)
+    """Which descent of the learning rate the step belongs to, from 0."""
+    return bisect.bisect(list(itertools.accumulate(DESCENTS[:-1])), step)
 
 
 def draw_known(grid: tuple[int, int, int], rng: np.random.Generator, odds: tuple[float, ...]) -> np.ndarray:
@@ -202,10 +210,9 @@ def draw_known(grid: tuple[int, int, int], rng: np.random.Generator, odds: tuple
     t = grid[0]
     known = np.zeros(grid, np.float32)
     kind = rng.choice(PATTERNS, p=odds)
-    if kind in ("first", "both"):
-        known[: 1 if rng.random() < 0.5 else rng.integers(1, max(2, t // 2 + 1))] = 1
-    if kind in ("last", "both"):
-        known[-1 if rng.random() < 0.5 else -int(rng.integers(1, max(2, t // 2 + 1))) :] = 1
+    for side, kinds in ((slice(None), ("first", "both")), (slice(None, None, -1), ("last", "both"))):
+        if kind in kinds:
+            known[side][: 1 if rng.random() < 0.35 else rng.integers(1, max(2, t // 2 + 1))] = 1
     if kind == "box":
         low = [rng.integers(n) for n in grid]
         high = [rng.integers(a + 1, n + 1) for a, n in zip(low, grid, strict=True)]
@@ -253,7 +260,7 @@ class Batches:
         denoiser = self.spec.denoiser
         grid = cast(tuple[int, int, int], tuple(n // p for n, p in zip(latents.shape[2:], denoiser.patch, strict=True)))
         ids, mask = self.tokenizer(captions)
-        rope = rope3d(grid, denoiser.head_size, theta=denoiser.theta)
+        rope = kernels.rope3d(grid, denoiser.head_size, theta=denoiser.theta)
         clean = pack((latents.float() - self.mean) / self.std, denoiser.patch)
         return Batch(
             clean=clean,
@@ -307,6 +314,44 @@ def train(spec: ModelSpec, folder: Path) -> None:
             average.update_parameters(model)
             checkpoint.log(loss=loss.item(), tokens=batch.clean.shape[0] * batch.clean.shape[1])
     save(average.module.state_dict(), folder / "denoiser.pt")
+
+
+@torch.no_grad()
+def remake(spec: ModelSpec, folder: Path) -> None:
+    """Small clips of the pool and their latents as a sampler ends on them, for the decoder to learn from: `remade.pt`.
+
+    The latents are noised as they are some steps before the end of sampling, where all motion is decided, and denoised
+    again with the default settings: pixels uint8 [n,T,H,W,3] and latents fp16 [n,C,T',h,w] by size and length.
+    """
+    model, batches, remade = Model(spec), Batches(spec, folder), []
+    model.load_state_dict(torch.load(folder / "denoiser.pt", weights_only=True))
+    default, size = spec.defaults, spec.denoiser.time_features
+    sigmas = make_schedule("euler", default.steps, default.shift, REMADE_STRENGTH).sigmas
+    for number in range(len(CLIPS) - len(CLIPS) // ROUNDS, len(CLIPS)):  # the last round
+        (kind, width, height, frames, count), entry = CLIPS[number], batches.pool[number]
+        if kind not in ("plain", "fast") or width * height > 96 * 64 or frames > 33:
+            continue
+        rng, torch_rng = np.random.default_rng((37, number)), torch.Generator().manual_seed(number)
+        some = slice(min(count, REMADE_CLIPS))
+        scenes = [TRAINED[scene] for scene in entry["scenes"][some]]
+        pixels = np.stack([draw_clip(kind, scene, width, height, frames, rng) for scene in scenes])
+        latents = entry["latents"][some]
+        shown, unshown = (
+            batches.make(latents, captions) for captions in ([caption(s, rng) for s in scenes], [""] * len(scenes))
+        )
+        noise = torch.randn(shown.clean.shape, generator=torch_rng)
+        x = (1 - sigmas[0]) * shown.clean + sigmas[0] * noise
+        for sigma, lower in itertools.pairwise(sigmas):
+            features = torch.from_numpy(time_features(np.tile([1000 * sigma, 0.0], (len(x), 1)), size))
+            guided, free = (model(batch, x.float(), features) for batch in (shown, unshown))
+            x = x + (lower - sigma) * (free + default.guidance * (guided - free))
+        channels, *extents = latents.shape[1:]
+        grid = tuple(n // p for n, p in zip(extents, spec.denoiser.patch, strict=True))
+        unpacked = [kernels.unpack(tokens, channels, grid, spec.denoiser.patch) for tokens in x.float().numpy()]
+        made = torch.from_numpy(np.stack(unpacked)) * batches.std + batches.mean
+        remade.append({"pixels": torch.from_numpy(pixels), "latents": made.half()})
+        print(f"remade {kind} {width}x{height}x{frames}: {(made - latents).square().mean().sqrt():.3f}", flush=True)
+    save(remade, folder / "remade.pt")
 
 
 GAPS = {
