@@ -9,7 +9,7 @@ the same arithmetic as decoding whole.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -105,7 +105,7 @@ class Decoder(nn.Module):
         return x.reshape(b, 3, p, p, t, h, w).permute(0, 1, 4, 5, 2, 6, 3).reshape(b, 3, t, h * p, w * p)
 
 
-HALVES: dict[type[VaeSpec], tuple[Callable[[Any], nn.Module], Callable[[Any], nn.Module]]] = {
+HALVES: dict[type[VaeSpec], tuple[Any, Any]] = {
     VaeSpec: (Encoder, Decoder),
     WanVaeSpec: (WanEncoder, WanDecoder),
 }
@@ -114,6 +114,8 @@ HALVES: dict[type[VaeSpec], tuple[Callable[[Any], nn.Module], Callable[[Any], nn
 class Vae(nn.Module):
     """Both halves, and the normalisation of latents that the denoiser sees: (mean - latent_mean) / latent_std."""
 
+    encoder: Encoder | WanEncoder
+    decoder: Decoder | WanDecoder
     latent_mean: Tensor
     latent_std: Tensor
 

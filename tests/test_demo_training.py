@@ -18,6 +18,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor, nn
 
+from tubelet.export.causal import ChannelNorm
 from tubelet.export.demo import train_captioner, train_denoiser, train_vae
 from tubelet.export.demo.recipe import END, PAD, model_spec, tokenizer
 from tubelet.export.demo.score import track
@@ -37,7 +38,7 @@ from tubelet.export.demo.train_denoiser import (
 )
 from tubelet.export.demo.training import Checkpoint, Muon, Optimizers, averaged, trapezoid
 from tubelet.export.demo.world import SCENES, Scene, vocabulary
-from tubelet.export.vae import ChannelNorm, Vae
+from tubelet.export.vae import Vae
 from tubelet.runtime import kernels
 from tubelet.runtime.schedule import time_features
 

@@ -19,7 +19,8 @@ from torch import Tensor, nn
 
 from tubelet.runtime.spec import VaeSpec
 
-from ..vae import ChannelNorm, Downsample, ResidualBlock, Upsample, Vae, stream, whole
+from ..causal import ChannelNorm, Downsample, ResidualBlock, Upsample
+from ..vae import Vae, stream, whole
 from .training import Checkpoint, Optimizers, averaged, save, trapezoid, unit_gain_
 from .world import HELD_OUT, TRAINED, Scene, render
 
@@ -260,7 +261,7 @@ def adapt_decoder(spec: VaeSpec, folder: Path) -> None:
 def _decode_remade(vae: Vae, remade: Sequence[dict[str, Tensor]], step: int) -> tuple[Tensor, Tensor]:
     """Pixels [B,3,T,H,W] of a window of some clips, and the error of its decoding from remade latents."""
     rng = np.random.default_rng((19, step))
-    entry = remade[rng.integers(len(remade))]
+    entry = remade[int(rng.integers(len(remade)))]
     chosen = rng.integers(len(entry["latents"]), size=BATCH)
     latents, clips = entry["latents"][chosen].float(), to_pixels(entry["pixels"].numpy()[chosen])
     history = int(rng.integers(latents.shape[2] - 1)) if rng.random() < 0.75 else 0
