@@ -63,7 +63,7 @@ def build_fleet(
             try:
                 build_engines(bundle, order.target, order.profiles, workers, None, on_event, on_built)
             except CompilerError as error:
-                rest.append(Rest(order, str(error), None))
+                rest.append(Rest(missing(bundle, order) or order, str(error), None))
         elif left := missing(bundle, order):
             told = command(planned.fleet, bundle, left)
             rest.append(Rest(left, f"they are built on {order.machine}", told))

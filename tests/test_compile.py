@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import errno
 import io
 import json
 import os
@@ -15,6 +16,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable
+from multiprocessing import Pipe
 from pathlib import Path
 from typing import Any
 
@@ -23,11 +25,13 @@ import pytest
 from compiled import MAX_PROFILES, TARGET, TRAFFIC, profiles
 from rich.console import Console
 
+from tubelet.export import compile_process, engines
 from tubelet.export.compile import Event, Job, verify
 from tubelet.export.compiler_report import HEADER, MAGIC, Layer, Report, architectures, parse_report
 from tubelet.export.engines import build_engines
 from tubelet.export.errors import CompilerError
 from tubelet.export.precision import PRECISE, Lowered
+from tubelet.export.working_folder import LOCK, locked
 from tubelet.runtime import EMBEDDED, Bundle, UserError
 from tubelet.runtime.bundle import FileRecord
 from tubelet.runtime.cli import plans
@@ -70,7 +74,7 @@ def test_every_component_has_a_plan_for_every_architecture(compiled: Bundle) -> 
         assert (record.component, record.target) == (component, TARGET)
         assert list(record.profiles) == list(profiles(compiled)[component])
         assert record.file.bytes == len(plan)
-    assert not list(compiled.folder.glob(f"{FOLDER}/.*"))
+    assert [path.name for path in compiled.folder.glob(f"{FOLDER}/.*")] == [LOCK]
 
 
 @pytest.mark.parametrize("component", COMPONENTS)
@@ -170,6 +174,13 @@ def test_a_budget_that_is_too_small_is_an_error(
     assert not [path for path in (embedded_copy / FOLDER).rglob("*") if path.is_file()]
 
 
+@pytest.mark.parametrize("memory", ["inf", "nan", "1e12", "0", "-1"])
+def test_a_memory_that_no_gpu_has_is_named(tubelet: Callable[..., Any], tmp_path: Path, memory: str) -> None:
+    (tmp_path / "traffic.toml").write_text(TRAFFIC)
+    result = tubelet("build", str(EMBEDDED), "--traffic", "traffic.toml", "--target", "rtx:sm86", "--memory", memory)
+    assert result.code == 2 and "--memory must be above 0 and at most 10000 GB, is " in result.err
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
@@ -200,7 +211,9 @@ def test_a_missing_compiler_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def test_a_bundle_that_cannot_be_written_is_named(embedded_copy: Path) -> None:
     (embedded_copy / FOLDER).touch()
-    with pytest.raises(UserError, match=r"cannot write to .*/engines/.*; copy the bundle to a writable folder"):
+    with pytest.raises(
+        UserError, match=r"cannot build in .*/engines: File exists; copy the bundle to a writable folder"
+    ):
         build(Bundle.open(embedded_copy), "conditioner")
 
 
@@ -214,15 +227,51 @@ def test_a_signal_leaves_nothing_behind(
     code = "from tubelet.runtime.cli import main; main()"
     command = [sys.executable, "-c", code, "build", str(embedded_copy), *arguments]
     process = subprocess.Popen(command, cwd=tmp_path, stderr=subprocess.PIPE, text=True, start_new_session=True)
-    until(lambda: list(embedded_copy.glob(f"{FOLDER}/.*/plan")))  # the compiler is at work
+    until(lambda: list(embedded_copy.glob(f"{FOLDER}/.*/*/plan")))  # the compiler is at work
     assert len(working_in(embedded_copy)) == 1
 
     send(process.pid, number)
     _, errors = process.communicate(timeout=300)
     assert process.returncode == 128 + number
     assert "interrupted: nothing unfinished is kept" in errors and "Traceback" not in errors
-    assert [path.name for path in (embedded_copy / FOLDER).rglob("*")] == ["rtx-sm86-bf16"]
+    assert left_in(embedded_copy) == []
     assert not working_in(embedded_copy)
+
+
+def test_a_signal_while_a_process_starts_leaves_nothing_behind(
+    embedded_copy: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    class Interrupted(subprocess.Popen):
+        def __init__(self, *arguments: Any, **options: Any) -> None:
+            super().__init__(*arguments, **options)
+            raise KeyboardInterrupt
+
+    monkeypatch.setattr(engines.subprocess, "Popen", Interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        build(Bundle.open(embedded_copy), "conditioner")
+    assert left_in(embedded_copy) == []
+    until(lambda: not working_in(embedded_copy))  # it was never given a job
+    assert capfd.readouterr().err == ""
+
+
+def test_what_a_killed_build_leaves_ends_and_is_removed_by_the_next(embedded_copy: Path) -> None:
+    code = f"from test_compile import *; build(Bundle.open({str(embedded_copy)!r}), 'denoiser')"
+    process = subprocess.Popen([sys.executable, "-c", code], cwd=Path(__file__).parent)
+    until(lambda: list(embedded_copy.glob(f"{FOLDER}/.*/*/plan")))
+    in_use = build(Bundle.open(embedded_copy), "conditioner")
+    assert in_use == {"conditioner": False} and len(working_in(embedded_copy)) == 1  # one that lives is left alone
+
+    process.kill()
+    process.wait()
+    until(lambda: not working_in(embedded_copy))
+    assert list(embedded_copy.glob(f"{FOLDER}/.*/*/plan"))
+    build(Bundle.open(embedded_copy), "captioner_memory")
+    assert not list(embedded_copy.glob(f"{FOLDER}/.*/"))
+
+
+def left_in(bundle: Path) -> list[str]:
+    """What is in the folder of plans, but for the empty file that processes lock."""
+    return sorted(path.name for path in (bundle / FOLDER).rglob("*") if path.name != LOCK)
 
 
 def working_in(folder: Path) -> list[int]:
@@ -242,14 +291,89 @@ def until(condition: Callable[[], object], seconds: float = 300) -> None:
         time.sleep(0.05)
 
 
-def test_a_killed_process_is_an_error(embedded_copy: Path) -> None:
+@pytest.mark.parametrize(
+    ("number", "message"),
+    [
+        (signal.SIGKILL, "ended with code -9; if that was for want of memory, build with --jobs 1"),
+        (signal.SIGABRT, "ended with code -6"),
+    ],
+)
+def test_a_killed_process_is_an_error(embedded_copy: Path, number: int, message: str) -> None:
     def kill(event: Event) -> None:
         for process in working_in(embedded_copy):
-            os.kill(process, signal.SIGKILL)
+            os.kill(process, number)
 
-    with pytest.raises(CompilerError, match=r"that built conditioner ended with code -9; .* build with --jobs 1"):
+    with pytest.raises(CompilerError, match=f"the process that built conditioner {message}$"):
         build(Bundle.open(embedded_copy), "conditioner", on_event=kill)
-    assert [path.name for path in (embedded_copy / FOLDER).rglob("*")] == [TARGET.name]
+    assert left_in(embedded_copy) == []
+
+
+@pytest.mark.parametrize(
+    ("error", "message"),
+    [
+        (OSError(errno.ENOSPC, "No space left on device"), "No space left on device; free space for the plan"),
+        (FileNotFoundError(errno.ENOENT, "No such file", "graph.onnx"), "No such file: 'graph.onnx'"),
+        (OverflowError("too large"), "OverflowError: too large"),
+        (CompilerError("refused"), "refused"),
+    ],
+)
+def test_what_goes_wrong_in_the_process_is_told_as_it_is(
+    monkeypatch: pytest.MonkeyPatch, error: Exception, message: str
+) -> None:
+    def fail(*_: object) -> None:
+        raise error
+
+    ours, theirs = Pipe()
+    ours.send(JOB)
+    monkeypatch.setattr(compile_process, "compile_component", fail)
+    monkeypatch.setattr(compile_process, "be_killed_with_parent", lambda: None)
+    monkeypatch.setattr(sys, "argv", ["", str(theirs.fileno())])
+    compile_process.main()
+    told = ours.recv()
+    assert isinstance(told, CompilerError) and str(told).endswith(message)
+    assert "space" in str(told) or error.args[0] != errno.ENOSPC
+
+
+def test_one_refusal_stops_no_other_plan(embedded_copy: Path) -> None:
+    """The first fails while the second is built and the third waits."""
+    killed = list[int]()
+
+    def kill(event: Event) -> None:
+        if event.component == "text_encoder" and not killed:
+            killed.extend(
+                p for p in working_in(embedded_copy) if Path(f"/proc/{p}/cwd").resolve().name == "text_encoder"
+            )
+            os.kill(killed[0], signal.SIGKILL)
+
+    built = list[str]()
+    bundle, names = Bundle.open(embedded_copy), ("conditioner", "text_encoder", "captioner_memory")
+    wanted = {name: profiles(bundle)[name] for name in names}
+    with pytest.raises(CompilerError, match="that built text_encoder ended with code -9"):
+        build_engines(bundle, TARGET, wanted, 2, on_event=kill, on_built=lambda r, kept: built.append(r.component))
+    assert set(built) == {"conditioner", "captioner_memory"}
+
+
+def test_two_builders_of_one_plan_leave_one(embedded_copy: Path) -> None:
+    """Whoever comes second keeps what is there: its own plan never gets the other's record."""
+    bundle, kept = Bundle.open(embedded_copy), dict[str, bool]()
+
+    def build_too(event: Event) -> None:
+        if not kept:
+            kept["first"] = False
+            kept["first"] = build(bundle, "conditioner")["conditioner"]
+
+    assert build(bundle, "conditioner", on_event=build_too) == {"conditioner": True}
+    assert kept == {"first": False} and left_in(embedded_copy) == [TARGET.name, "conditioner.json", "conditioner.plan"]
+
+
+def test_publishing_waits_for_its_turn(tmp_path: Path) -> None:
+    """Another process holds the lock: nothing is changed meanwhile."""
+    code = f"from tubelet.export.working_folder import *\nwith locked(Path({str(tmp_path)!r})): print('in')"
+    with locked(tmp_path):
+        process = subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE, text=True)
+        with pytest.raises(subprocess.TimeoutExpired):
+            process.communicate(timeout=1.5)
+    assert process.communicate(timeout=60)[0] == "in\n"
 
 
 def test_every_part_of_a_key_counts(compiled: Bundle) -> None:
@@ -280,6 +404,14 @@ REPORT = Report(
     activation_bytes=(1000,),
     weights_bytes=10,
 )
+JOB = Job(
+    component="denoiser",
+    key="",
+    inputs={"tokens": ("B", "N", 8)},
+    target=Target("rtx", ("sm89",), "fp16"),
+    profiles=({"B": Range(1, 1, 2), "N": Range(32, 64, 64)},),
+    budget=1000,
+)
 HEADER_OF_A_PLAN = HEADER.pack(MAGIC, HEADER.size, b"1.7.1.0", 0b001000, 10)
 
 
@@ -287,16 +419,8 @@ def check(tmp_path: Path, report: Report, header: bytes = HEADER_OF_A_PLAN) -> N
     """Verifies a report of a plan with one fused attention and one product in float32."""
     plan = tmp_path / "denoiser.plan"
     plan.write_bytes(header)
-    job = Job(
-        component="denoiser",
-        key="",
-        inputs={"tokens": ("B", "N", 8)},
-        target=Target("rtx", ("sm89",), "fp16"),
-        profiles=({"B": Range(1, 1, 2), "N": Range(32, 64, 64)},),
-        budget=1000,
-    )
     model = ir.Model(ir.Graph([], [], nodes=[]), ir_version=10)
-    verify(job, Lowered(model, REPORT.dtypes, attentions=1, wide_products=1), report, plan)
+    verify(JOB, Lowered(model, REPORT.dtypes, attentions=1, wide_products=1), report, plan)
 
 
 def test_a_plan_as_asked_for_is_verified(tmp_path: Path) -> None:

@@ -16,6 +16,7 @@ from .plans import Bars, records_tables
 
 Jobs = Annotated[int, typer.Option(min=1, help="Plans built at the same time.")]
 CORES = os.cpu_count() or 1
+MOST_MEMORY = 10_000  # GB
 MISSING = "building needs a package that is missing ({}); install tubelet with its extra build"
 
 
@@ -29,7 +30,7 @@ def build(
     max_profiles: Annotated[int, typer.Option(min=1, help="Most profiles of one engine.")] = 4,
     component: Annotated[list[str] | None, typer.Option(help="Build this one alone; may be repeated.")] = None,
     memory: Annotated[
-        float | None, typer.Option(min=0.001, help="GB of device memory that one engine's activations may take.")
+        float | None, typer.Option(help="GB of device memory that one engine's activations may take.")
     ] = None,
     jobs: Jobs = CORES,
 ) -> None:
@@ -48,10 +49,17 @@ def build(
         if name not in profiles:
             raise UserError(f"the bundle has no component {name!r}; it has {', '.join(profiles)}")
     profiles = {name: chosen for name, chosen in profiles.items() if not component or name in component}
-    budget = None if memory is None else int(memory * 10**9)
+    budget = None if memory is None else round(check_memory(memory) * 10**9)
     with Bars() as bars:
         try:
             built = build_engines(opened, wanted, profiles, jobs, budget, bars.step, bars.finish)
         except CompilerError as error:
             raise UserError(str(error)) from error
     out.print(*records_tables(built))
+
+
+def check_memory(memory: float) -> float:
+    """Raises UserError for a memory in GB that no GPU has."""
+    if not 0 < memory <= MOST_MEMORY:
+        raise UserError(f"--memory must be above 0 and at most {MOST_MEMORY} GB, is {memory:g}")
+    return memory
