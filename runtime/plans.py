@@ -12,6 +12,7 @@ import dataclasses
 import hashlib
 import json
 import os
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -23,6 +24,7 @@ from .profiles import Profile, Range
 from .strict import read
 
 FOLDER = "engines"
+BUILDABLE = ("fp32", "fp16", "bf16")  # of these: what graphs are lowered to
 PRECISIONS = {"bf16": 2, "fp16": 2, "fp32": 4, "int8": 1, "fp8": 1, "nvfp4": 9 / 16}  # bytes of a weight and its scale
 
 
@@ -35,14 +37,14 @@ class Architecture:
 
 
 ARCHITECTURES = {
-    "sm75": Architecture(("rtx", "tensorrt"), ("fp16", "int8")),
+    "sm75": Architecture(("rtx",), ("fp16", "int8")),
     "sm80": Architecture(("rtx", "tensorrt"), ("bf16", "fp16", "fp32", "int8")),
     "sm86": Architecture(("rtx", "tensorrt"), ("bf16", "fp16", "fp32", "int8")),
     "sm89": Architecture(("rtx", "tensorrt"), ("bf16", "fp16", "fp32", "int8", "fp8")),
     "sm90": Architecture(("tensorrt",), ("bf16", "fp16", "fp32", "int8", "fp8")),
     "sm100": Architecture(("tensorrt",), ("bf16", "fp16", "fp32", "int8", "fp8", "nvfp4")),
     "sm120": Architecture(("rtx", "tensorrt"), ("bf16", "fp16", "fp32", "int8", "fp8", "nvfp4")),
-    "sm121": Architecture(("rtx",), ("bf16", "fp16", "fp32", "int8", "fp8", "nvfp4")),
+    "sm121": Architecture(("rtx", "tensorrt"), ("bf16", "fp16", "fp32", "int8", "fp8", "nvfp4")),
 }
 COMPILERS = {  # what each builds for; bit i of an RTX plan's architecture mask is its i-th
     compiler: tuple(name for name, row in ARCHITECTURES.items() if compiler in row.compilers)
@@ -52,11 +54,15 @@ COMPILERS = {  # what each builds for; bit i of an RTX plan's architecture mask 
 
 @dataclass(frozen=True)
 class Target:
-    """A compiler, the GPU architectures that one plan serves, and what it computes in."""
+    """A compiler, the GPU architectures that one plan serves, and what it computes in.
+
+    A plan of TensorRT serves one model of GPU, that which it was built on.
+    """
 
     compiler: str
     architectures: tuple[str, ...]
     precision: str
+    gpu: str | None = None  # as its driver names it; of TensorRT alone, None before it is known
 
     def __post_init__(self) -> None:
         if self.compiler not in COMPILERS:
@@ -70,6 +76,8 @@ class Target:
                 f"architectures {','.join(self.architectures) or '(none)'} must be given once each and in the order "
                 f"{', '.join(known)}"
             )
+        if self.compiler == "tensorrt" and len(self.architectures) > 1:
+            raise UserError(f"tensorrt builds for one architecture at a time, not for {','.join(self.architectures)}")
         if self.precision not in PRECISIONS:
             raise UserError(f"precision {self.precision!r} is not one of {', '.join(PRECISIONS)}")
         for name in self.architectures:
@@ -93,9 +101,14 @@ class Target:
         return all("fp32" in ARCHITECTURES[name].precisions for name in self.architectures)
 
     @property
+    def can_be_built(self) -> bool:
+        return self.precision in BUILDABLE
+
+    @property
     def name(self) -> str:
         """The folder of its plans."""
-        return "-".join((self.compiler, *self.architectures, self.precision))
+        gpu = () if self.gpu is None else ("_".join(re.findall(r"\w+", self.gpu)),)
+        return "-".join((self.compiler, *self.architectures, *gpu, self.precision))
 
 
 @dataclass(frozen=True)
@@ -156,13 +169,13 @@ def plan_path(bundle: Bundle, target: Target, component: str) -> Path:
 
 
 def installed(bundle: Bundle, component: str, target: Target, profiles: Sequence[Profile]) -> PlanRecord:
-    """The record of the plan for these profiles, from any release of its compiler.
+    """The record of the plan for these profiles, from any release of its compiler and within any budget.
 
     Raises UserError when there is none, it is damaged, or it was built for something else.
     """
     plan = plan_path(bundle, target, component)
     known = read_record(plan)
-    verify_plan(plan, known, plan_key(bundle, component, target, known.compiler, profiles, None))
+    verify_plan(plan, known, plan_key(bundle, component, target, known.compiler, profiles, known.budget))
     return known
 
 
@@ -215,7 +228,7 @@ class Plan:
     record: PlanRecord
 
 
-def find_plans(bundle: Bundle, kind: str, compiler: Compiler, architecture: str) -> dict[str, Plan]:
+def find_plans(bundle: Bundle, kind: str, compiler: Compiler, architecture: str, gpu: str) -> dict[str, Plan]:
     """A plan of every component that this release of a compiler built, from this bundle, for a GPU.
 
     Where several are, the narrowest. Raises UserError that names the components without one, and why.
@@ -228,7 +241,7 @@ def find_plans(bundle: Bundle, kind: str, compiler: Compiler, architecture: str)
     found, problems = {}, {}
     for name, plans in there.items():
         plans.sort(key=lambda plan: (PRECISIONS[plan.record.target.precision], plan.record.target.precision))
-        told = [(plan, _problem(bundle, plan, compiler, architecture)) for plan in plans]
+        told = [(plan, _problem(bundle, plan, compiler, architecture, gpu)) for plan in plans]
         usable = [plan for plan, problem in told if problem is None]
         if usable:
             found[name] = usable[0]
@@ -243,11 +256,13 @@ def find_plans(bundle: Bundle, kind: str, compiler: Compiler, architecture: str)
     return found
 
 
-def _problem(bundle: Bundle, plan: Plan, compiler: Compiler, architecture: str) -> str | None:
+def _problem(bundle: Bundle, plan: Plan, compiler: Compiler, architecture: str, gpu: str) -> str | None:
     """Why a plan is not to be loaded, None where it is."""
     known, folder = plan.record, plan.path.parent.name
     if architecture not in known.target.architectures:
         return f"{folder} is for {', '.join(known.target.architectures)}"
+    if known.target.compiler == "tensorrt" and known.target.gpu != gpu:
+        return f"{folder} was built on {known.target.gpu}, this is {gpu}"
     if known.compiler != compiler:
         built, here = (f"{each.name} {each.version}" for each in (known.compiler, compiler))
         return f"{folder} was built by {built}, installed is {here}"

@@ -411,7 +411,7 @@ def test_auto_takes_the_first_that_works_and_says_why_not_others(machine: Machin
     assert told.startswith("cpu, onnxruntime ") and "not rtx: the bundle has no plans of rtx; make them with" in told
     assert "not cuda: onnxruntime " in told and "has no CUDAExecutionProvider; install onnxruntime-gpu" in told
     build_plans(machine.bundle, RTX)
-    build_plans(machine.bundle, Target("tensorrt", ("sm89",), "fp32"))
+    build_plans(machine.bundle, Target("tensorrt", ("sm89",), "fp32", "fake GPU"))
     monkeypatch.setitem(sys.modules, "tensorrt", None)
     with machine.open("auto") as pipeline:
         assert pipeline.target.target == "rtx"
