@@ -21,9 +21,10 @@ from .atomic import temporary_beside
 from .bundle import SCHEMA, WEIGHTS, Bundle, FileRecord, record
 from .errors import UserError
 from .profiles import Profile, Range
-from .strict import read
+from .strict import read, require
 
 FOLDER = "engines"
+LOWERING = 1  # the version of the rules in export/precision.py: with another, plans are built again
 BUILDABLE = ("fp32", "fp16", "bf16")  # of these: what graphs are lowered to
 PRECISIONS = {"bf16": 2, "fp16": 2, "fp32": 4, "int8": 1, "fp8": 1, "nvfp4": 9 / 16}  # bytes of a weight and its scale
 
@@ -154,6 +155,7 @@ def plan_key(
     files = bundle.manifest.files
     content = {
         "schema": SCHEMA,
+        "lowering": LOWERING,
         "graph": files[bundle.manifest.components[component].graph].sha256,
         "weights": files[WEIGHTS].sha256,
         "target": dataclasses.asdict(target),
@@ -179,16 +181,44 @@ def installed(bundle: Bundle, component: str, target: Target, profiles: Sequence
     return known
 
 
-def records(bundle: Bundle) -> list[PlanRecord]:
-    """Of all plans in a bundle, by target. Raises UserError when one is not readable."""
-    return [read_record(path) for path in sorted((bundle.folder / FOLDER).glob("*/*.json"))]
+@dataclass(frozen=True)
+class State:
+    """A plan as it lies in a bundle: its record, where that can be read, and what is wrong with it."""
+
+    path: Path
+    record: PlanRecord | None
+    problem: str | None
+
+
+def states(bundle: Bundle) -> list[State]:
+    """All plans of a bundle, by target, each verified against its record and the bundle."""
+    records = sorted((bundle.folder / FOLDER).glob("*/*.json"))
+    return [_state(bundle, path.with_suffix(".plan")) for path in records]
+
+
+def _state(bundle: Bundle, plan: Path) -> State:
+    known = None
+    try:
+        known = read_record(plan)
+        require(known.component in bundle.manifest.components, f"the bundle has no component {known.component}")
+        verify_plan(plan, known, _own_key(bundle, known))
+    except UserError as error:
+        return State(plan, known, str(error))
+    return State(plan, known, None)
+
+
+def _own_key(bundle: Bundle, known: PlanRecord) -> str:
+    """The key that a plan like this has when it was built from this bundle."""
+    return plan_key(bundle, known.component, known.target, known.compiler, known.profiles, known.budget)
 
 
 def read_record(plan: Path) -> PlanRecord:
     """The record beside a plan. Raises UserError when there is none or it is not readable."""
     path = plan.with_suffix(".json")
     try:
-        return read(PlanRecord, json.loads(path.read_text(encoding="utf-8")), "plan")
+        known = read(PlanRecord, json.loads(path.read_text(encoding="utf-8")), "plan")
+        require(known.component == plan.stem, f"it is the {known.component}'s")
+        return known
     except FileNotFoundError as error:
         raise UserError(f"{plan} is missing; build the target") from error
     except (UserError, OSError, UnicodeDecodeError, RecursionError, json.JSONDecodeError) as error:
@@ -233,27 +263,36 @@ def find_plans(bundle: Bundle, kind: str, compiler: Compiler, architecture: str,
 
     Where several are, the narrowest. Raises UserError that names the components without one, and why.
     """
-    there: dict[str, list[Plan]] = {name: [] for name in bundle.manifest.components}
-    for path in sorted((bundle.folder / FOLDER).glob(f"{kind}-*/*.json")):
-        known = read_record(path)
-        if known.component in there:
-            there[known.component].append(Plan(path.with_suffix(".plan"), known))
     found, problems = {}, {}
-    for name, plans in there.items():
-        plans.sort(key=lambda plan: (PRECISIONS[plan.record.target.precision], plan.record.target.precision))
-        told = [(plan, _problem(bundle, plan, compiler, architecture, gpu)) for plan in plans]
-        usable = [plan for plan, problem in told if problem is None]
+    for name in bundle.manifest.components:
+        usable, reasons = list[Plan](), list[str]()
+        for path in sorted((bundle.folder / FOLDER).glob(f"{kind}-*/{name}.json")):
+            try:
+                plan = Plan(path.with_suffix(".plan"), read_record(path))
+            except UserError as error:
+                reasons.append(str(error))
+                continue
+            problem = _problem(bundle, plan, compiler, architecture, gpu)
+            if problem is None:
+                usable.append(plan)
+            else:
+                reasons.append(problem)
         if usable:
-            found[name] = usable[0]
+            found[name] = min(usable, key=_width)
         else:
-            problems[name] = told[0][1] if told else "none was built"
+            problems[name] = ", ".join(reasons) or "none was built"
     if problems:
-        reasons = "; ".join(sorted({str(problem) for problem in problems.values()}))
+        reasons = "; ".join(sorted(set(problems.values())))
         raise UserError(
             f"the bundle has no {kind} plan of {', '.join(problems)} for {architecture} ({reasons}); "
             f"build the target {kind}:{architecture}"
         )
     return found
+
+
+def _width(plan: Plan) -> tuple[float, str]:
+    precision = plan.record.target.precision
+    return PRECISIONS[precision], precision
 
 
 def _problem(bundle: Bundle, plan: Plan, compiler: Compiler, architecture: str, gpu: str) -> str | None:
@@ -266,6 +305,6 @@ def _problem(bundle: Bundle, plan: Plan, compiler: Compiler, architecture: str, 
     if known.compiler != compiler:
         built, here = (f"{each.name} {each.version}" for each in (known.compiler, compiler))
         return f"{folder} was built by {built}, installed is {here}"
-    if known.key != plan_key(bundle, known.component, known.target, known.compiler, known.profiles, known.budget):
+    if known.key != _own_key(bundle, known):
         return f"{folder} was built from another graph, other weights or profiles: its key differs"
     return None

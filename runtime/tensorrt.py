@@ -27,6 +27,7 @@ from .session import Session
 
 Value = NDArray[Any] | DeviceArray
 MODULES = {"rtx": "tensorrt_rtx", "tensorrt": "tensorrt"}
+EXTRAS = {"rtx": "rtx", "tensorrt": "gpu"}  # which bring cuda-python too
 
 
 def load_module(kind: str) -> ModuleType:
@@ -35,7 +36,7 @@ def load_module(kind: str) -> ModuleType:
     try:
         return import_module(name)
     except ImportError as error:
-        raise UserError(f"{name} is not installed ({error}); pip install '{name.replace('_', '-')}'") from error
+        raise UserError(f"{name} is not installed ({error}); install tubelet with its extra {EXTRAS[kind]}") from error
 
 
 def compiler_of(module: ModuleType) -> Compiler:

@@ -46,7 +46,7 @@ from tubelet.runtime.plans import (
     plan_key,
     plan_path,
     read_record,
-    records,
+    states,
 )
 from tubelet.runtime.profiles import Range
 from tubelet.runtime.residency import RESERVED
@@ -70,7 +70,7 @@ def build(bundle: Bundle, *components: str, frames: int = 9, **options: Any) -> 
 
 
 def test_every_component_has_a_plan_for_every_architecture(compiled: Bundle) -> None:
-    assert {record.component for record in records(compiled)} == set(COMPONENTS)
+    assert [state.path.stem for state in states(compiled) if state.problem is None] == sorted(COMPONENTS)
     for component in COMPONENTS:
         plan = plan_path(compiled, TARGET, component).read_bytes()
         record = installed(compiled, component, TARGET, profiles(compiled)[component])
@@ -167,6 +167,21 @@ def test_inspect_shows_the_plans(tubelet: Callable[..., Any], compiled: Bundle) 
     assert "rtx" not in tubelet("inspect").out
 
 
+def test_inspect_says_what_is_wrong_with_a_plan(tubelet: Callable[..., Any], compiled_copy: Bundle) -> None:
+    truncated, unreadable = (plan_path(compiled_copy, TARGET, component) for component in SMALL[:2])
+    truncated.write_bytes(truncated.read_bytes()[:-1])
+    unreadable.with_suffix(".json").write_text("{")
+    (compiled_copy.folder / "engines" / "notes").mkdir()
+    (compiled_copy.folder / "engines" / "notes" / "other.json").write_text("{}")
+
+    shown = tubelet("inspect", str(compiled_copy.folder))
+    assert shown.code == 0 and TARGET.name in shown.out and "good" in shown.out
+    told = json.loads(tubelet("inspect", str(compiled_copy.folder), "--json").out)["plans"]
+    problems = {plan["component"]: plan["problem"] for plan in told if plan["problem"]}
+    assert problems.keys() == {*SMALL[:2], "other"}
+    assert "is damaged" in problems[SMALL[0]] and "is not usable" in problems[SMALL[1]]
+
+
 def test_a_budget_that_is_too_small_is_an_error(
     tubelet: Callable[..., Any], embedded_copy: Path, tmp_path: Path
 ) -> None:
@@ -261,7 +276,7 @@ def test_a_wrong_argument_is_named(
 
 def test_a_missing_compiler_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "tensorrt_rtx", None)
-    with pytest.raises(UserError, match=r"tensorrt_rtx is not installed \(.*\); pip install 'tensorrt-rtx'"):
+    with pytest.raises(UserError, match=r"tensorrt_rtx is not installed \(.*\); install tubelet with its extra rtx"):
         build(Bundle.open(EMBEDDED), "conditioner")
 
 

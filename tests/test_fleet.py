@@ -172,7 +172,7 @@ def test_the_command_exits_with_1_where_a_model_does_not_fit(tubelet: Callable[.
 
     result = tubelet("fleet", "plan", "fleet.toml")
     assert result.code == 1
-    assert f"{EMBEDDED} on tiny: the captioner alone needs 0.0 GiB, tiny has 0.0 GiB to spare; " in result.out
+    assert f"{EMBEDDED} on tiny: the VAE alone needs 0.0 GiB, tiny has 0.0 GiB to spare; " in result.out
     told = tubelet("fleet", "plan", "fleet.toml", "--json")
     assert told.code == 1 and not json.loads(told.out)["complete"]
 

@@ -10,9 +10,9 @@ import typer
 
 from ..bundle import Bundle
 from ..errors import UserError
-from ..plans import Target
+from ..plans import State, Target, plan_path
 from .app import app, err, out
-from .plans import Bars, records_tables
+from .plans import Bars, plans_tables
 from .profiles import print_outside
 
 Jobs = Annotated[int, typer.Option(min=1, help="Plans built at the same time.")]
@@ -61,7 +61,7 @@ def build(
             built = build_engines(opened, wanted, profiles, jobs, memory, bars.step, bars.finish)
         except CompilerError as error:
             raise UserError(str(error)) from error
-    out.print(*records_tables(built))
+    out.print(*plans_tables(State(plan_path(opened, each.target, each.component), each, None) for each in built))
     print_outside(choice.outside, to=err)
     if choice.outside:
         raise typer.Exit(1)

@@ -121,7 +121,7 @@ def _report(planned: FleetPlan) -> dict[str, Any]:
 def _print(planned: FleetPlan) -> None:
     for model in planned.fleet.models:
         out.print(_matrix(planned, model))
-    builds = Table("model", "component", "compiler", "precision", "architectures", "build on", "plan", title="Builds")
+    builds = Table("model", "component", "compiler", "precision", "architectures", "build", "plan", title="Builds")
     for build in planned.builds:
         builds.add_row(
             *(build.model, build.component, build.target.compiler, build.target.precision),

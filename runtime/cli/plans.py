@@ -8,10 +8,11 @@ from itertools import groupby
 from typing import TYPE_CHECKING
 
 from rich.filesize import decimal
+from rich.markup import escape
 from rich.progress import BarColumn, Progress, TaskID, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 from rich.table import Column, Table
 
-from ..plans import PlanRecord
+from ..plans import PlanRecord, State
 from .app import err
 
 if TYPE_CHECKING:
@@ -20,25 +21,28 @@ if TYPE_CHECKING:
 LONGEST = "Computing profile costs"  # the compiler's phase that takes nearly all of its time: kernels of each profile
 
 
-def records_tables(records: Iterable[PlanRecord]) -> list[Table]:
+def plans_tables(plans: Iterable[State]) -> list[Table]:
     """What plans are and take, a table for each target."""
-    return [_table(target, of) for target, of in groupby(records, key=lambda record: record.target.name)]
+    return [_table(target, of) for target, of in groupby(plans, key=lambda state: state.path.parent.name)]
 
 
-def _table(title: str, records: Iterable[PlanRecord]) -> Table:
+def _table(title: str, plans: Iterable[State]) -> Table:
     table = Table(
         Column("component", no_wrap=True),
-        *("profiles", "plan", "weights", "activations", "kernels", "time"),
+        *("profiles", "plan", "weights", "activations", "kernels", "time", "release", "key", "state"),
         title=title,
         title_justify="left",
     )
-    for each in records:
-        measured = each.measured
-        table.add_row(
-            *(each.component, str(len(each.profiles)), decimal(each.file.bytes), decimal(measured.weights_bytes)),
-            "\n".join(decimal(n) for n in measured.activation_bytes),
-            *(str(measured.kernels), f"{measured.seconds:.0f} s"),
-        )
+    for each in plans:
+        known, told = each.record, [""] * 8
+        if known is not None:
+            measured = known.measured
+            told = [
+                *(str(len(known.profiles)), decimal(known.file.bytes), decimal(measured.weights_bytes)),
+                "\n".join(decimal(n) for n in measured.activation_bytes),
+                *(str(measured.kernels), f"{measured.seconds:.0f} s", known.compiler.version, known.key[:8]),
+            ]
+        table.add_row(each.path.stem, *told, escape(each.problem or "good"))
     return table
 
 
