@@ -282,9 +282,9 @@ def find_plans(bundle: Bundle, kind: str, compiler: Compiler, architecture: str,
         else:
             problems[name] = ", ".join(reasons) or "none was built"
     if problems:
-        reasons = "; ".join(sorted(set(problems.values())))
+        told = "; ".join(sorted(set(problems.values())))
         raise UserError(
-            f"the bundle has no {kind} plan of {', '.join(problems)} for {architecture} ({reasons}); "
+            f"the bundle has no {kind} plan of {', '.join(problems)} for {architecture} ({told}); "
             f"build the target {kind}:{architecture}"
         )
     return found

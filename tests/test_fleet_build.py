@@ -57,7 +57,7 @@ def as_built_elsewhere(planned: FleetPlan, target: Target) -> None:
             plan.parent.mkdir(exist_ok=True)
             shutil.copyfile(source, plan)
             known = read_record(source)
-            key = plan_key(bundle, component, target, known.compiler, profiles, None)
+            key = plan_key(bundle, component, target, known.compiler, profiles, known.budget)
             write_record(plan, dataclasses.replace(known, key=key, target=target))
 
 
