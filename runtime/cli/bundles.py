@@ -70,6 +70,9 @@ def _inspect_bundle(opened: Bundle, as_json: bool) -> None:
     for row in manifest.parity:
         parity.add_row(row.component, row.target, row.shape, f"{row.max_abs:.1e}", f"{row.relative:.1e}")
     out.print(components, files, parity, *plans_tables(plans))
+    for plan in plans:
+        if plan.problem is not None:
+            out.print(plan.problem, style="red", markup=False)
 
 
 def _plan(state: State) -> dict[str, Any]:

@@ -8,7 +8,6 @@ from itertools import groupby
 from typing import TYPE_CHECKING
 
 from rich.filesize import decimal
-from rich.markup import escape
 from rich.progress import BarColumn, Progress, TaskID, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 from rich.table import Column, Table
 
@@ -22,27 +21,34 @@ LONGEST = "Computing profile costs"  # the compiler's phase that takes nearly al
 
 
 def plans_tables(plans: Iterable[State]) -> list[Table]:
-    """What plans are and take, a table for each target."""
-    return [_table(target, of) for target, of in groupby(plans, key=lambda state: state.path.parent.name)]
+    """What plans are and take, a table for each target and release of its compiler."""
+    return [_table(title, of) for title, of in groupby(plans, key=_title)]
+
+
+def _title(plan: State) -> str:
+    known = plan.record
+    return plan.path.parent.name + (f", {known.compiler.name} {known.compiler.version}" if known else "")
 
 
 def _table(title: str, plans: Iterable[State]) -> Table:
     table = Table(
-        Column("component", no_wrap=True),
-        *("profiles", "plan", "weights", "activations", "kernels", "time", "release", "key", "state"),
+        Column("component, key", no_wrap=True),
+        *("profiles", "plan", "weights", "activations", "kernels", "time"),
+        Column("state", no_wrap=True),
         title=title,
         title_justify="left",
     )
     for each in plans:
-        known, told = each.record, [""] * 8
-        if known is not None:
-            measured = known.measured
+        name, told = each.path.stem, [""] * 6
+        if each.record is not None:
+            known, measured = each.record, each.record.measured
+            name += f"\n{known.key[:16]}"
             told = [
                 *(str(len(known.profiles)), decimal(known.file.bytes), decimal(measured.weights_bytes)),
                 "\n".join(decimal(n) for n in measured.activation_bytes),
-                *(str(measured.kernels), f"{measured.seconds:.0f} s", known.compiler.version, known.key[:8]),
+                *(str(measured.kernels), f"{measured.seconds:.0f} s"),
             ]
-        table.add_row(each.path.stem, *told, escape(each.problem or "good"))
+        table.add_row(name, *told, "bad" if each.problem else "good")
     return table
 
 
