@@ -18,6 +18,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from .bundle import Component, Extents, extents, sizes
+from .compiler_log import make_logger
 from .dtypes import DTYPES, from_plan, to_float, to_plan
 from .errors import UserError
 from .kernel_cache import KernelCache
@@ -28,6 +29,7 @@ from .session import Session
 
 Value = NDArray[Any] | DeviceArray
 MODULES = {"rtx": "tensorrt_rtx", "tensorrt": "tensorrt"}
+EXTRAS = {"rtx": "rtx", "tensorrt": "gpu"}  # which bring cuda-python too
 
 
 def load_module(kind: str) -> ModuleType:
@@ -36,7 +38,7 @@ def load_module(kind: str) -> ModuleType:
     try:
         return import_module(name)
     except ImportError as error:
-        raise UserError(f"{name} is not installed ({error}); pip install '{name.replace('_', '-')}'") from error
+        raise UserError(f"{name} is not installed ({error}); install tubelet with its extra {EXTRAS[kind]}") from error
     except OSError as error:
         raise UserError(f"{name} cannot load its libraries ({error}); install it again") from error
 
@@ -51,7 +53,7 @@ class TensorRt:
     def __init__(self, module: ModuleType, session: Session):
         """Raises UserError where the runtime cannot be made."""
         self.module, self.session = module, session
-        self._logger = _logger(module)
+        self._logger = make_logger(module)
         self._verified: set[tuple[object, ...]] = set()  # files as they were
         try:
             self._native = module.Runtime(self._logger)
@@ -83,8 +85,7 @@ class TensorRt:
 
     def problems(self) -> str:
         """What was logged as wrong since the last time."""
-        errors, self._logger.errors = self._logger.errors, []
-        return "; ".join(errors) or "no reason given"
+        return str(self._logger.problems())
 
 
 class TensorRtEngine:
@@ -234,18 +235,3 @@ def _identity(path: Path) -> tuple[object, ...]:
     except OSError as error:
         raise UserError(f"cannot read {path}: {error.strerror}; build the target again") from error
     return path, stat.st_dev, stat.st_ino, stat.st_size, stat.st_mtime_ns
-
-
-def _logger(trt: Any) -> Any:
-    class Logger(trt.ILogger):
-        """Keeps what went wrong."""
-
-        def __init__(self) -> None:
-            super().__init__()
-            self.errors: list[str] = []
-
-        def log(self, severity: Any, message: str) -> None:
-            if severity <= trt.ILogger.ERROR:
-                self.errors.append(message)
-
-    return Logger()

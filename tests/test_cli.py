@@ -329,6 +329,29 @@ def test_a_signal_leaves_no_file_and_keeps_the_old_one(tmp_path: Path, number: s
     assert (tmp_path / "out.mp4").read_text() == "old"
 
 
+def test_a_second_signal_does_not_stop_the_cleaning_up(tmp_path: Path) -> None:
+    """Both come while rich draws: what one interrupts, the other must not find half done."""
+    code = """
+import os, signal
+from tubelet.runtime.cli import app, main
+
+@app.app.command()
+def slow():
+    with app.err.status("busy"):
+        try:
+            os.kill(os.getpid(), signal.SIGINT)
+        finally:
+            for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
+                os.kill(os.getpid(), number)
+            print("cleaned up")
+
+main()
+"""
+    result = subprocess.run([sys.executable, "-c", code, "slow"], capture_output=True, text=True)
+    assert (result.returncode, result.stdout) == (130, "cleaned up\n")
+    assert result.stderr == "interrupted: nothing unfinished is kept\n"
+
+
 def test_under_nohup_a_hangup_is_ignored(tmp_path: Path) -> None:
     code = "import signal; signal.signal(signal.SIGHUP, signal.SIG_IGN); from tubelet.runtime.cli import main; main()"
     process = subprocess.Popen(

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import errno
 import io
 import json
 import os
@@ -15,21 +16,24 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable
+from multiprocessing import Pipe
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
 import onnx_ir as ir
 import pytest
-from compiled import MAX_PROFILES, TARGET, TRAFFIC, profiles
+from compiled import MAX_PROFILES, MEMORY_GB, TARGET, TRAFFIC, profiles
 from rich.console import Console
 
+from tubelet.export import compile_process, engines
 from tubelet.export.compile import Event, Job, verify
 from tubelet.export.compiler_report import HEADER, MAGIC, Layer, Report, architectures, parse_report
 from tubelet.export.engine_report import load_report
 from tubelet.export.engines import build_engines
 from tubelet.export.errors import CompilerError
 from tubelet.export.precision import PRECISE, Lowered
+from tubelet.export.working_folder import LOCK, locked
 from tubelet.runtime import EMBEDDED, Bundle, UserError
 from tubelet.runtime.bundle import FileRecord
 from tubelet.runtime.cli import plans
@@ -43,9 +47,10 @@ from tubelet.runtime.plans import (
     plan_key,
     plan_path,
     read_record,
-    records,
+    states,
 )
 from tubelet.runtime.profiles import Range
+from tubelet.runtime.residency import RESERVED
 
 COMPONENTS = tuple(Bundle.open(EMBEDDED).manifest.components)
 SMALL = ("text_encoder", "conditioner", "captioner_memory", "vae_encoder_first")  # the quickest to build
@@ -59,12 +64,14 @@ def build(bundle: Bundle, *components: str, frames: int = 9, **options: Any) -> 
     def on_built(record: PlanRecord, was_kept: bool) -> None:
         kept[record.component] = was_kept
 
-    build_engines(bundle, TARGET, {name: wanted[name] for name in components}, 2, on_built=on_built, **options)
+    build_engines(
+        bundle, TARGET, {name: wanted[name] for name in components}, 2, MEMORY_GB, on_built=on_built, **options
+    )
     return kept
 
 
 def test_every_component_has_a_plan_for_every_architecture(compiled: Bundle) -> None:
-    assert {record.component for record in records(compiled)} == set(COMPONENTS)
+    assert [state.path.stem for state in states(compiled) if state.problem is None] == sorted(COMPONENTS)
     for component in COMPONENTS:
         plan = plan_path(compiled, TARGET, component).read_bytes()
         record = installed(compiled, component, TARGET, profiles(compiled)[component])
@@ -72,7 +79,7 @@ def test_every_component_has_a_plan_for_every_architecture(compiled: Bundle) -> 
         assert (record.component, record.target) == (component, TARGET)
         assert list(record.profiles) == list(profiles(compiled)[component])
         assert record.file.bytes == len(plan)
-    assert not list(compiled.folder.glob(f"{FOLDER}/.*"))
+    assert [path.name for path in compiled.folder.glob(f"{FOLDER}/.*")] == [LOCK]
 
 
 @pytest.mark.parametrize("component", COMPONENTS)
@@ -133,6 +140,7 @@ def test_other_traffic_builds_again_what_depends_on_it(compiled_copy: Bundle) ->
 def test_the_command_says_what_it_built(tubelet: Callable[..., Any], compiled: Bundle, tmp_path: Path) -> None:
     (tmp_path / "traffic.toml").write_text(TRAFFIC)
     arguments = ("--target", str(TARGET), "--precision", "fp16", "--traffic", "traffic.toml", "--max-profiles", "1")
+    arguments = (*arguments, "--memory", str(MEMORY_GB))
 
     result = tubelet("build", str(compiled.folder), *arguments)
     assert result.code == 0, result.err
@@ -160,16 +168,86 @@ def test_inspect_shows_the_plans(tubelet: Callable[..., Any], compiled: Bundle) 
     assert "rtx" not in tubelet("inspect").out
 
 
+def test_inspect_says_what_is_wrong_with_a_plan(tubelet: Callable[..., Any], compiled_copy: Bundle) -> None:
+    truncated, unreadable = (plan_path(compiled_copy, TARGET, component) for component in SMALL[:2])
+    truncated.write_bytes(truncated.read_bytes()[:-1])
+    unreadable.with_suffix(".json").write_text("{")
+    (compiled_copy.folder / "engines" / "notes").mkdir()
+    (compiled_copy.folder / "engines" / "notes" / "other.json").write_text("{}")
+
+    shown = tubelet("inspect", str(compiled_copy.folder))
+    assert shown.code == 0 and shown.out.count(" good ") == len(COMPONENTS) - 2 and shown.out.count(" bad ") == 3
+    assert f"{truncated} is damaged" in shown.out
+    assert read_record(truncated).key[:16] in shown.out and read_record(truncated).compiler.version in shown.out
+    told = json.loads(tubelet("inspect", str(compiled_copy.folder), "--json").out)["plans"]
+    problems = {plan["component"]: plan["problem"] for plan in told if plan["problem"]}
+    assert problems.keys() == {*SMALL[:2], "other"}
+    assert "is damaged" in problems[SMALL[0]] and "is not usable" in problems[SMALL[1]]
+
+
 def test_a_budget_that_is_too_small_is_an_error(
     tubelet: Callable[..., Any], embedded_copy: Path, tmp_path: Path
 ) -> None:
     (tmp_path / "traffic.toml").write_text(TRAFFIC)
     arguments = ("--target", "rtx:sm86", "--traffic", "traffic.toml", "--component", "conditioner")
-
-    result = tubelet("build", str(embedded_copy), *arguments, "--memory", "0.001")
+    bundle = Bundle.open(embedded_copy)
+    weights = sum(bundle.manifest.components[name].parameters * 2 for name in ("text_encoder", "conditioner"))
+    result = tubelet("build", str(embedded_copy), *arguments, "--memory", f"{(weights + RESERVED) / 10**9 + 0.001:.9f}")
     assert result.code == 2
     assert "the compiler refused conditioner within 1,000,000 bytes for activations: " in result.err
-    assert not [path for path in (embedded_copy / FOLDER).rglob("*") if path.is_file()]
+    assert not [path for path in (embedded_copy / FOLDER).rglob("*") if path.is_file() and path.name != LOCK]
+
+
+def test_a_memory_that_cannot_hold_the_weights_is_an_error(
+    tubelet: Callable[..., Any], embedded_copy: Path, tmp_path: Path
+) -> None:
+    (tmp_path / "traffic.toml").write_text(TRAFFIC)
+    result = tubelet(
+        "build", str(embedded_copy), "--target", "rtx:sm86", "--traffic", "traffic.toml", "--memory", "0.01"
+    )
+    assert result.code == 2
+    assert "a GPU of 0.01 GB cannot hold the text encoder: its weights take 0.0 GB, and 0.5 GB are kept" in result.err
+    assert not (embedded_copy / FOLDER).exists()
+
+
+def test_traffic_that_is_outside_is_told_after_building(
+    tubelet: Callable[..., Any], compiled: Bundle, tmp_path: Path
+) -> None:
+    (tmp_path / "traffic.toml").write_text(TRAFFIC + TRAFFIC.replace("width = 64", "width = 65"))
+    arguments = ("--target", str(TARGET), "--precision", "fp16", "--traffic", "traffic.toml", "--max-profiles", "1")
+
+    result = tubelet("build", str(compiled.folder), *arguments, "--memory", str(MEMORY_GB))
+    assert result.code == 1
+    assert result.err.count("up to date") == len(COMPONENTS) and "outside: 65x64 with 9 frames, 50.0%" in result.err
+
+
+H100 = SimpleNamespace(name="NVIDIA H100 80GB HBM3", architecture="sm90")
+
+
+def test_tensorrt_builds_for_the_gpu_at_hand_alone(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its name is in the target then, and so in the plan's folder, record and key."""
+    monkeypatch.setattr(engines, "CudaDevice", lambda: contextlib.nullcontext(H100))
+    asked = list[Target]()
+    monkeypatch.setattr(engines, "load_module", lambda kind: SimpleNamespace(__name__=kind, __version__="11.0"))
+    monkeypatch.setattr(engines, "_build", lambda bundle, jobs, *_: asked.extend(job.target for job in jobs) or [])
+    monkeypatch.setattr(Path, "mkdir", lambda *_, **__: None)
+    bundle = Bundle.open(EMBEDDED)
+    wanted = {"conditioner": profiles(bundle)["conditioner"]}
+
+    build_engines(bundle, Target("tensorrt", ("sm90",), "bf16"), wanted, 1)
+    assert asked == [Target("tensorrt", ("sm90",), "bf16", H100.name)]
+    assert asked[0].name == "tensorrt-sm90-NVIDIA_H100_80GB_HBM3-bf16"
+    with pytest.raises(
+        UserError, match=r"tensorrt:sm100 must be built on such a GPU, this machine's is NVIDIA H100 .*, sm90"
+    ):
+        build_engines(bundle, Target("tensorrt", ("sm100",), "bf16"), wanted, 1)
+
+
+@pytest.mark.parametrize("memory", ["inf", "nan", "1e12", "0", "-1"])
+def test_a_memory_that_no_gpu_has_is_named(tubelet: Callable[..., Any], tmp_path: Path, memory: str) -> None:
+    (tmp_path / "traffic.toml").write_text(TRAFFIC)
+    result = tubelet("build", str(EMBEDDED), "--traffic", "traffic.toml", "--target", "rtx:sm86", "--memory", memory)
+    assert result.code == 2 and "--memory must be above 0 and at most 10000 GB, is " in result.err
 
 
 @pytest.mark.parametrize(
@@ -177,6 +255,11 @@ def test_a_budget_that_is_too_small_is_an_error(
     [
         (("--target", "rtx:sm70"), "rtx does not build for 'sm70'; it builds for sm75, sm80, sm86, sm89, sm120, sm121"),
         (("--target", "rtx:sm90"), "rtx does not build for 'sm90'"),
+        (
+            ("--target", "tensorrt:sm75"),
+            "tensorrt does not build for 'sm75'; it builds for sm80, sm86, sm89, sm90, sm100",
+        ),
+        (("--target", "tensorrt:sm90,sm100"), "tensorrt builds for one architecture at a time, not for sm90,sm100"),
         (("--target", "rtx:sm89,sm86"), "architectures sm89,sm86 must be given once each and in the order"),
         (("--target", "rtx"), "architectures (none) must be given once each"),
         (("--target", "openvino:cpu"), "compiler 'openvino' is not one of rtx, tensorrt"),
@@ -196,13 +279,15 @@ def test_a_wrong_argument_is_named(
 
 def test_a_missing_compiler_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "tensorrt_rtx", None)
-    with pytest.raises(UserError, match=r"tensorrt_rtx is not installed \(.*\); pip install 'tensorrt-rtx'"):
+    with pytest.raises(UserError, match=r"tensorrt_rtx is not installed \(.*\); install tubelet with its extra rtx"):
         build(Bundle.open(EMBEDDED), "conditioner")
 
 
 def test_a_bundle_that_cannot_be_written_is_named(embedded_copy: Path) -> None:
     (embedded_copy / FOLDER).touch()
-    with pytest.raises(UserError, match=r"cannot write to .*/engines/.*; copy the bundle to a writable folder"):
+    with pytest.raises(
+        UserError, match=r"cannot build in .*/engines: File exists; copy the bundle to a writable folder"
+    ):
         build(Bundle.open(embedded_copy), "conditioner")
 
 
@@ -216,15 +301,51 @@ def test_a_signal_leaves_nothing_behind(
     code = "from tubelet.runtime.cli import main; main()"
     command = [sys.executable, "-c", code, "build", str(embedded_copy), *arguments]
     process = subprocess.Popen(command, cwd=tmp_path, stderr=subprocess.PIPE, text=True, start_new_session=True)
-    until(lambda: list(embedded_copy.glob(f"{FOLDER}/.*/plan")))  # the compiler is at work
+    until(lambda: list(embedded_copy.glob(f"{FOLDER}/.*/*/plan")))  # the compiler is at work
     assert len(working_in(embedded_copy)) == 1
 
     send(process.pid, number)
     _, errors = process.communicate(timeout=300)
     assert process.returncode == 128 + number
     assert "interrupted: nothing unfinished is kept" in errors and "Traceback" not in errors
-    assert [path.name for path in (embedded_copy / FOLDER).rglob("*")] == ["rtx-sm86-bf16"]
+    assert left_in(embedded_copy) == []
     assert not working_in(embedded_copy)
+
+
+def test_a_signal_while_a_process_starts_leaves_nothing_behind(
+    embedded_copy: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    class Interrupted(subprocess.Popen):
+        def __init__(self, *arguments: Any, **options: Any) -> None:
+            super().__init__(*arguments, **options)
+            raise KeyboardInterrupt
+
+    monkeypatch.setattr(engines.subprocess, "Popen", Interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        build(Bundle.open(embedded_copy), "conditioner")
+    assert left_in(embedded_copy) == []
+    until(lambda: not working_in(embedded_copy))  # it was never given a job
+    assert capfd.readouterr().err == ""
+
+
+def test_what_a_killed_build_leaves_ends_and_is_removed_by_the_next(embedded_copy: Path) -> None:
+    code = f"from test_compile import *; build(Bundle.open({str(embedded_copy)!r}), 'denoiser')"
+    process = subprocess.Popen([sys.executable, "-c", code], cwd=Path(__file__).parent)
+    until(lambda: list(embedded_copy.glob(f"{FOLDER}/.*/*/plan")))
+    in_use = build(Bundle.open(embedded_copy), "conditioner")
+    assert in_use == {"conditioner": False} and len(working_in(embedded_copy)) == 1  # one that lives is left alone
+
+    process.kill()
+    process.wait()
+    until(lambda: not working_in(embedded_copy))
+    assert list(embedded_copy.glob(f"{FOLDER}/.*/*/plan"))
+    build(Bundle.open(embedded_copy), "captioner_memory")
+    assert not list(embedded_copy.glob(f"{FOLDER}/.*/"))
+
+
+def left_in(bundle: Path) -> list[str]:
+    """What is in the folder of plans, but for the empty file that processes lock."""
+    return sorted(path.name for path in (bundle / FOLDER).rglob("*") if path.name != LOCK)
 
 
 def working_in(folder: Path) -> list[int]:
@@ -244,14 +365,91 @@ def until(condition: Callable[[], object], seconds: float = 300) -> None:
         time.sleep(0.05)
 
 
-def test_a_killed_process_is_an_error(embedded_copy: Path) -> None:
+@pytest.mark.parametrize(
+    ("number", "message"),
+    [
+        (signal.SIGKILL, "ended with code -9; if that was for want of memory, build with --jobs 1"),
+        (signal.SIGABRT, "ended with code -6"),
+    ],
+)
+def test_a_killed_process_is_an_error(embedded_copy: Path, number: int, message: str) -> None:
     def kill(event: Event) -> None:
         for process in working_in(embedded_copy):
-            os.kill(process, signal.SIGKILL)
+            os.kill(process, number)
 
-    with pytest.raises(CompilerError, match=r"that built conditioner ended with code -9; .* build with --jobs 1"):
+    with pytest.raises(CompilerError, match=f"the process that built conditioner {message}$"):
         build(Bundle.open(embedded_copy), "conditioner", on_event=kill)
-    assert [path.name for path in (embedded_copy / FOLDER).rglob("*")] == [TARGET.name]
+    assert left_in(embedded_copy) == []
+
+
+@pytest.mark.parametrize(
+    ("error", "message"),
+    [
+        (OSError(errno.ENOSPC, "No space left on device"), "No space left on device; free space for the plan"),
+        (FileNotFoundError(errno.ENOENT, "No such file", "graph.onnx"), "No such file: 'graph.onnx'"),
+        (OverflowError("too large"), "OverflowError: too large"),
+        (CompilerError("refused"), "refused"),
+    ],
+)
+def test_what_goes_wrong_in_the_process_is_told_as_it_is(
+    monkeypatch: pytest.MonkeyPatch, error: Exception, message: str
+) -> None:
+    def fail(*_: object) -> None:
+        raise error
+
+    ours, theirs = Pipe()
+    ours.send(JOB)
+    monkeypatch.setattr(compile_process, "compile_component", fail)
+    monkeypatch.setattr(compile_process, "be_killed_with_parent", lambda: None)
+    monkeypatch.setattr(sys, "argv", ["", str(os.dup(theirs.fileno()))])
+    compile_process.main()
+    told = ours.recv()
+    assert isinstance(told, CompilerError) and str(told).endswith(message)
+    assert "space" in str(told) or error.args[0] != errno.ENOSPC
+
+
+def test_one_refusal_stops_no_other_plan(embedded_copy: Path) -> None:
+    """The first fails while the second is built and the third waits."""
+    killed = list[int]()
+
+    def kill(event: Event) -> None:
+        if event.component == "text_encoder" and not killed:
+            killed.extend(
+                p for p in working_in(embedded_copy) if Path(f"/proc/{p}/cwd").resolve().name == "text_encoder"
+            )
+            os.kill(killed[0], signal.SIGKILL)
+
+    built = list[str]()
+    bundle, names = Bundle.open(embedded_copy), ("conditioner", "text_encoder", "captioner_memory")
+    wanted = {name: profiles(bundle)[name] for name in names}
+    with pytest.raises(CompilerError, match="that built text_encoder ended with code -9"):
+        build_engines(
+            bundle, TARGET, wanted, 2, MEMORY_GB, on_event=kill, on_built=lambda r, kept: built.append(r.component)
+        )
+    assert set(built) == {"conditioner", "captioner_memory"}
+
+
+def test_two_builders_of_one_plan_leave_one(embedded_copy: Path) -> None:
+    """Whoever comes second keeps what is there: its own plan never gets the other's record."""
+    bundle, kept = Bundle.open(embedded_copy), dict[str, bool]()
+
+    def build_too(event: Event) -> None:
+        if not kept:
+            kept["first"] = False
+            kept["first"] = build(bundle, "conditioner")["conditioner"]
+
+    assert build(bundle, "conditioner", on_event=build_too) == {"conditioner": True}
+    assert kept == {"first": False} and left_in(embedded_copy) == [TARGET.name, "conditioner.json", "conditioner.plan"]
+
+
+def test_publishing_waits_for_its_turn(tmp_path: Path) -> None:
+    """Another process holds the lock: nothing is changed meanwhile."""
+    code = f"from tubelet.export.working_folder import *\nwith locked(Path({str(tmp_path)!r})): print('in')"
+    with locked(tmp_path):
+        process = subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE, text=True)
+        with pytest.raises(subprocess.TimeoutExpired):
+            process.communicate(timeout=1.5)
+    assert process.communicate(timeout=60)[0] == "in\n"
 
 
 def test_every_part_of_a_key_counts(compiled: Bundle) -> None:
@@ -267,6 +465,10 @@ def test_every_part_of_a_key_counts(compiled: Bundle) -> None:
         plan_key(compiled, "conditioner", TARGET, Compiler("tensorrt_rtx", "2"), wanted, None),
         plan_key(compiled, "conditioner", TARGET, compiler, [*wanted, *wanted], None),
         plan_key(compiled, "conditioner", TARGET, compiler, wanted, 10**9),
+        *(
+            plan_key(compiled, "conditioner", Target("tensorrt", ("sm90",), "fp16", gpu), compiler, wanted, None)
+            for gpu in ("NVIDIA H100 80GB HBM3", "NVIDIA H200")
+        ),
     ]
     assert len(set(keys)) == len(keys)
 
@@ -282,6 +484,14 @@ REPORT = Report(
     activation_bytes=(1000,),
     weights_bytes=10,
 )
+JOB = Job(
+    component="denoiser",
+    key="",
+    inputs={"tokens": ("B", "N", 8)},
+    target=Target("rtx", ("sm89",), "fp16"),
+    profiles=({"B": Range(1, 1, 2), "N": Range(32, 64, 64)},),
+    budget=1000,
+)
 HEADER_OF_A_PLAN = HEADER.pack(MAGIC, HEADER.size, b"1.7.1.0", 0b001000, 10)
 
 
@@ -289,14 +499,7 @@ def check(tmp_path: Path, report: Report, header: bytes = HEADER_OF_A_PLAN, comp
     """Verifies a report of a plan with one fused attention and one product in float32."""
     plan = tmp_path / "denoiser.plan"
     plan.write_bytes(header)
-    job = Job(
-        component="denoiser",
-        key="",
-        inputs={"tokens": ("B", "N", 8)},
-        target=Target(compiler, ("sm89",), "fp16"),
-        profiles=({"B": Range(1, 1, 2), "N": Range(32, 64, 64)},),
-        budget=1000,
-    )
+    job = dataclasses.replace(JOB, target=Target(compiler, ("sm89",), "fp16"))
     model = ir.Model(ir.Graph([], [], nodes=[]), ir_version=10)
     verify(job, Lowered(model, REPORT.dtypes, attentions=1, wide_products=1), report, plan)
 

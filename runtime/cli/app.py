@@ -23,6 +23,7 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     help="Runs compiled video diffusion transformers without PyTorch.",
 )
+STOPPING = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 out, err = Console(highlight=False, soft_wrap=True), Console(stderr=True, highlight=False, soft_wrap=True)
 
 
@@ -34,11 +35,14 @@ def main() -> None:
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, io.TextIOWrapper):
             stream.reconfigure(errors="backslashreplace")  # a file name need not be valid text
-    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
+    for number in STOPPING:
         if signal.getsignal(number) is not signal.SIG_IGN:  # as under nohup
             signal.signal(number, _stop)
     try:
         app()
+    except Stopped:
+        err.print("interrupted: nothing unfinished is kept")
+        raise
     except UserError as error:
         err.print(f"error: {error}", style="red", markup=False)
         sys.exit(2)
@@ -47,10 +51,18 @@ def main() -> None:
         sys.exit(1)
 
 
+class Stopped(SystemExit):
+    """A signal asked the command to end."""
+
+
 def _stop(number: int, frame: object) -> NoReturn:
-    """Unwinds the stack, so that writers remove their temporary files."""
-    err.print("interrupted: nothing unfinished is kept")
-    sys.exit(128 + number)
+    """Unwinds the stack, so that writers remove their temporary files; further signals must not stop them at it.
+
+    Prints nothing: what it interrupts may be printing.
+    """
+    for each in STOPPING:
+        signal.signal(each, signal.SIG_IGN)
+    raise Stopped(128 + number)
 
 
 def command(function: Callable[..., None]) -> Callable[..., None]:
