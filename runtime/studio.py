@@ -234,8 +234,9 @@ class Studio:
         """For a model with channels for what is given; the image encoder sees the first given frames and the last."""
         encoded = self._encode(pixels, given)
         whole = np.flatnonzero(given.all(axis=(1, 2)))
-        places = [*whole[: max(0, self.spec.pictures - 1)], *whole[-1:]] if self.spec.pictures > 1 else whole[:1]
-        pictures = pixels[places] if self.spec.pictures else None
+        count = self.spec.pictures
+        places = whole[:1] if count == 1 else sorted({*whole[: count - 1], *whole[-1:]})
+        pictures = pixels[places] if count else None
         latents = self._encode(pixels) if request.strength < 1 else encoded
         return Canvas(latents, tokens, None, np.concatenate([shown_mask(self.spec, given), encoded]), pictures)
 

@@ -21,18 +21,22 @@ import pytest
 import torch
 from numpy.typing import NDArray
 from PIL import Image
-from published import KINDS, TEXTS, pipeline, renamed, write_diffusers, write_original
+from published import KINDS, TEXTS, pipeline, randomise, renamed, write_diffusers, write_original
 from safetensors.torch import load_file, save_file
 
 from tubelet.export.checkpoint import Checkpoint
 from tubelet.export.components import Component, build_modules, components
+from tubelet.export.dit import Conditioner, Denoiser
 from tubelet.export.lora import Lora, merged
 from tubelet.export.storage import digest
 from tubelet.export.wan import open_wan
 from tubelet.export.wan_names import TRANSFORMER, Layout
 from tubelet.runtime import Pipeline, Request, UserError
 from tubelet.runtime.canvas import Canvas
+from tubelet.runtime.kernels import pack, rope3d, unpack
 from tubelet.runtime.loop import HostLoop, Steps
+from tubelet.runtime.schedule import time_features
+from tubelet.runtime.spec import DenoiserSpec
 from tubelet.runtime.studio import Studio
 from tubelet.runtime.targets import Choice
 from tubelet.runtime.text import clean
@@ -185,6 +189,62 @@ def test_image_to_video_is_diffusers(
     wanted = model.theirs(**_arguments(width, height, frames, low, noise), **pictures).frames[0].numpy()
 
     _assert_close(found, wanted)
+
+
+def test_the_settings_of_distilled_adapters_run(models: Mapping[str, Published]) -> None:
+    """Few steps without guidance, at another shift, by diffusers' Euler too."""
+    from diffusers import FlowMatchEulerDiscreteScheduler, UniPCMultistepScheduler
+
+    model = models["wan2.1-t2v"]
+    noise, canvas = _noise(model, 48, 48, 5)
+    flow = {"prediction_type": "flow_prediction", "use_flow_sigmas": True, "flow_shift": 5.0}
+    schedulers = {"unipc": UniPCMultistepScheduler(**flow), "euler": FlowMatchEulerDiscreteScheduler(shift=5.0)}
+    usual = model.theirs.scheduler
+    for sampler, scheduler in schedulers.items():
+        model.theirs.scheduler = scheduler
+        request = dataclasses.replace(
+            _request(48, 48, 5, None), steps=4, guidance=1.0, guidance_low=None, shift=5.0, sampler=sampler
+        )
+
+        found = _finished(model.ours, request, canvas)
+        arguments = _arguments(48, 48, 5, None, noise) | {"num_inference_steps": 4, "guidance_scale": 1.0}
+        wanted = model.theirs(**arguments).frames[0].numpy()
+
+        _assert_close(found, wanted)
+    model.theirs.scheduler = usual
+
+
+@torch.no_grad()
+def test_a_block_at_real_width_is_diffusers() -> None:
+    """The 1.3B model's width with one block: 1e-5 relative, float32 in another order of summation."""
+    from diffusers import WanTransformer3DModel
+
+    theirs = randomise(WanTransformer3DModel(num_attention_heads=12, ffn_dim=8960, num_layers=1), 0)
+    spec = DenoiserSpec(
+        latent_channels=16, patch=(1, 2, 2), width=1536, depth=1, heads=12, ffn_width=8960, text_width=4096,
+        time_features=256, theta=10000.0, coordinates=False, pooled_text=False, two_levels=False, mask_channels=0,
+        image=None, channels_last=True,
+    )  # fmt: skip
+    ours = {"denoiser": Denoiser(spec), "conditioner": Conditioner(spec)}
+    stored = theirs.state_dict()
+    for prefix, module in ours.items():
+        names = {f"{prefix}.{name}": tensor.shape for name, tensor in module.state_dict().items()}
+        sources = TRANSFORMER.sources(names, Layout.DIFFUSERS, 1)
+        state = {name.removeprefix(f"{prefix}."): stored[sources[name]].reshape(names[name]) for name in names}
+        module.load_state_dict(state, assign=True)
+    generator = torch.Generator().manual_seed(0)
+    latents = torch.randn(1, 16, 2, 6, 10, generator=generator)
+    text = torch.randn(1, 512, 4096, generator=generator)
+
+    wanted = theirs(latents, torch.tensor([700.0]), text, return_dict=False)[0]
+    cross_k, cross_v = ours["conditioner"](text)
+    features = torch.from_numpy(time_features(np.array([[700.0, 0.0]]), 256))
+    cos, sin = map(torch.from_numpy, rope3d((2, 3, 5), 128))
+    tokens = torch.from_numpy(pack(latents[0].numpy(), (1, 2, 2)))[None]
+    velocity = ours["denoiser"](tokens, features, cos, sin, cross_k, cross_v)
+
+    found = torch.from_numpy(unpack(velocity[0].numpy(), 16, (2, 3, 5), (1, 2, 2)))
+    assert torch.linalg.norm(found - wanted[0]) < 1e-5 * torch.linalg.norm(wanted)
 
 
 def _noise(model: Published, width: int, height: int, frames: int) -> tuple[NDArray[np.float32], Canvas]:

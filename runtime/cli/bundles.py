@@ -59,7 +59,8 @@ def _inspect_bundle(opened: Bundle, as_json: bool) -> None:
     spec, manifest = opened.spec, opened.manifest
     out.print(f"{spec.name}  key {opened.key[:16]}  targets {', '.join(manifest.targets)}", markup=False)
     defaults = ", ".join(f"{name} {value!r}" for name, value in vars(spec.defaults).items())
-    out.print(f"{spec.fps} fps, at most {spec.max_tokens} tokens; defaults: {defaults}", markup=False)
+    route = f"known tokens by {spec.denoiser.route}"
+    out.print(f"{spec.fps} fps, at most {spec.max_tokens} tokens, {route}; defaults: {defaults}", markup=False)
     components = Table("component", "parameters", "inputs", "outputs", title="Components")
     for name, component in manifest.components.items():
         components.add_row(name, f"{component.parameters:,}", _ports(component.inputs), _ports(component.outputs))
