@@ -6,16 +6,14 @@ renamed.
 
 from __future__ import annotations
 
-import hashlib
-import os
 import shutil
-import tempfile
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import onnx_ir as ir
 import torch
 
+from tubelet.runtime.atomic import new_folder
 from tubelet.runtime.bundle import (
     SCHEMA,
     TOKENIZER,
@@ -27,10 +25,10 @@ from tubelet.runtime.bundle import (
     record,
     write_manifest,
 )
-from tubelet.runtime.errors import UserError
 
 from .checkpoint import SPEC, Checkpoint
 from .components import build_modules, components
+from .content import graph_digest, place, weight_line, weights_digest
 from .lora import Lora, merged
 from .parity import measure
 from .published import is_published
@@ -53,22 +51,14 @@ def build(
     The bundle's weights are hard links to the checkpoint's files, or with `copy` copies of them. Raises UserError when
     the checkpoint is unreadable, its parameters do not fit its spec, or `output` exists or cannot be written.
     """
-    if output.exists():
-        raise UserError(f"{output} exists; remove it or choose another folder")
-    if not output.parent.is_dir():
-        raise UserError(f"{output.parent} is not a folder; create it first")
-    on_stage("read the checkpoint")
-    checkpoint = merged(open_checkpoint(source), loras)
-    try:
-        partial = Path(tempfile.mkdtemp(prefix=f".{output.name}.", dir=output.parent))
-    except OSError as error:
-        raise UserError(f"cannot write to {output.parent}: {error.strerror}; choose a writable folder") from error
-    try:
+    with new_folder(output) as partial:
+        on_stage("read the checkpoint")
+        checkpoint = merged(open_checkpoint(source), loras)
         on_stage("merge")
         checkpoint = checkpoint.materialised(partial)
         for name, path in checkpoint.files.items():
             if path.parent != partial:
-                _place(path, partial / name, copy)
+                place(path, partial / name, copy)
         shutil.copyfile(checkpoint.tokenizer, partial / TOKENIZER)
         graphs = write_graphs(checkpoint, partial, on_stage)
         on_stage("measure parity")
@@ -86,12 +76,6 @@ def build(
             parity=tuple(parity),
         )
         write_manifest(partial, manifest)
-        partial.chmod(0o755)
-        os.rename(partial, output)
-    except OSError as error:
-        raise UserError(f"cannot write {output}: {error.strerror}; free space or choose another folder") from error
-    finally:
-        shutil.rmtree(partial, ignore_errors=True)
     return Bundle.open(output)
 
 
@@ -99,20 +83,6 @@ def open_checkpoint(folder: Path) -> Checkpoint:
     """Reads a checkpoint in tubelet's own layout or in one of the published ones."""
     own = (folder / SPEC).is_file() or not is_published(folder)
     return Checkpoint.open(folder) if own else open_wan(folder)
-
-
-def _place(source: Path, target: Path, copy: bool) -> None:
-    """Puts a file of weights into the bundle. Raises UserError where it cannot be linked."""
-    if copy:
-        shutil.copyfile(source, target)
-        return
-    try:
-        os.link(source.resolve(), target)
-    except OSError as error:
-        raise UserError(
-            f"cannot link {source} into {target.parent.parent}: {error.strerror}; write the bundle to the same file "
-            "system, or copy with --copy"
-        ) from error
 
 
 def _records(folder: Path, on_stage: Report) -> dict[str, FileRecord]:
@@ -137,23 +107,14 @@ def write_graphs(checkpoint: Checkpoint, folder: Path, on_stage: Report = lambda
         on_stage(f"hash the weights of {component.name}")
         for name in weights.keys() - digests.keys():
             stored = checkpoint.tensors[name]
-            digests[name] = (
-                f"{name} {stored.dtype} {list(stored.shape)} {digest(checkpoint.files[stored.file], stored)}"
-            )
+            sha256 = digest(checkpoint.files[stored.file], stored)
+            digests[name] = weight_line(name, stored.dtype, stored.shape, sha256)
         written[component.name] = Component(
             graph=f"{component.name}.onnx",
-            graph_digest=_graph_digest(model),
-            weights_digest=hashlib.sha256("\n".join(digests[name] for name in sorted(weights)).encode()).hexdigest(),
+            graph_digest=graph_digest(model),
+            weights_digest=weights_digest(digests[name] for name in weights),
             parameters=sum(weights.values()),
             inputs={name: port.shape for name, port in component.inputs.items()},
             outputs={name: port.shape for name, port in component.outputs.items()},
         )
     return written
-
-
-def _graph_digest(model: ir.Model) -> str:
-    """SHA-256 of a graph, apart from where its weights are stored."""
-    proto = ir.to_proto(model)
-    for tensor in proto.graph.initializer:
-        del tensor.external_data[:]
-    return hashlib.sha256(proto.SerializeToString(deterministic=True)).hexdigest()
