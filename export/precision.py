@@ -7,6 +7,10 @@ the stream between blocks are narrow. Wide (float32) stay, as in the reference p
     modulation   a product of a narrow value and a wide one is wide, until the next matrix product
     residual     the sum of the narrow stream and a wide branch is computed wide and kept narrow
     statistics   reductions, powers and roots of a norm that is spelled out
+
+In a quantized graph inputs of a product are rounded as they come, wide or narrow, and what is restored is narrow.
+Scales are values of bfloat16, so bfloat16 plans have them in it; in float16 they could leave its range, so they stay
+float32.
 """
 
 from __future__ import annotations
@@ -16,10 +20,13 @@ from dataclasses import dataclass, field
 import onnx_ir as ir
 import onnx_ir.passes.common as common
 
+from .explicit import DYNAMIC, to_tensorrt
+
 PRECISE = frozenset({"time_features", "rope_cos", "rope_sin"})
 MATRIX = frozenset({"Conv", "ConvTranspose", "Gemm", "MatMul"})
 NORMS = frozenset({"LayerNormalization", "RMSNormalization"})
 STATISTICS = frozenset({"Exp", "Log", "Pow", "Reciprocal", "ReduceL2", "ReduceMean", "ReduceSum", "Softmax", "Sqrt"})
+ROUNDING = frozenset({"QuantizeLinear", "DequantizeLinear", DYNAMIC})
 STREAM = frozenset({"tokens"})  # the tokens' own path, which a residual sum keeps narrow
 
 LARGEST_FUSED_HEAD = 256
@@ -40,6 +47,7 @@ class Lowered:
     dtypes: dict[str, str]  # of inputs and outputs
     attentions: int  # each is to be one fused kernel
     wide_products: int  # matrix products in float32
+    rounded: frozenset[str] = frozenset()  # names of products whose inputs and weights are both rounded
 
 
 def lower(model: ir.Model, precision: str, wide_products: bool = True) -> Lowered:
@@ -48,6 +56,7 @@ def lower(model: ir.Model, precision: str, wide_products: bool = True) -> Lowere
     Without `wide_products` matrix products of tables are narrow too.
     """
     common.ShapeInferencePass()(model)
+    to_tensorrt(model)
     lowering = _Lowering(model, TYPES[precision], wide_products)
     lowering.run()
     ports = (*model.graph.inputs, *model.graph.outputs)
@@ -56,7 +65,21 @@ def lower(model: ir.Model, precision: str, wide_products: bool = True) -> Lowere
         dtypes={str(port.name): NAMES[port.dtype] for port in ports if port.dtype is not None},
         attentions=lowering.fused,
         wide_products=lowering.wide,
+        rounded=frozenset(str(node.name) for node in model.graph if _is_rounded(node)),
     )
+
+
+def _is_rounded(node: ir.Node) -> bool:
+    """Whether a node is a matrix product of values that were restored."""
+    if node.op_type != "MatMul":
+        return False
+    for value in node.inputs:
+        producer = value.producer() if value is not None else None
+        if producer is not None and producer.op_type == "Transpose":
+            producer = producer.inputs[0].producer() if producer.inputs[0] is not None else None
+        if producer is None or producer.op_type != "DequantizeLinear":
+            return False
+    return True
 
 
 @dataclass
@@ -97,6 +120,9 @@ class _Lowering:
         for dependent in (self.tables, self.stream):
             if any(value in dependent for value in inputs):
                 dependent |= set(node.outputs)
+        if node.op_type in ROUNDING:
+            self._lower_rounding(node)
+            return
         data = node.inputs[:1] if node.op_type == "Resize" else node.inputs  # a Resize's scales are always float32
         floats = [value for value in data if value is not None and value.dtype in TYPES.values()]
         if all(value in self.fixed for value in inputs):
@@ -133,6 +159,21 @@ class _Lowering:
         for index, value in enumerate(node.inputs):
             if value in floats:
                 node.replace_input_with(index, self._typed(value, FLOAT))
+
+    def _lower_rounding(self, node: ir.Node) -> None:
+        """Rounds from the type that comes, restores to the narrow one."""
+        value, scale = node.inputs[:2]
+        assert value is not None and scale is not None
+        restores = node.op_type == "DequantizeLinear"
+        outside = self.narrow if restores else value.dtype or self.narrow  # the type on the other side of the rounding
+        scales = FLOAT if outside == ir.DataType.FLOAT16 else outside
+        if scale.const_value is not None and scale.dtype == FLOAT != scales:
+            node.replace_input_with(1, self._constant(scale, scales))
+        if scales != outside:
+            attribute = "output_dtype" if restores else "precision"
+            node.attributes[attribute] = ir.AttrInt64(attribute, int(outside if restores else scales))
+        if restores:
+            node.outputs[0].dtype = outside
 
     def _fuse(self, node: ir.Node) -> None:
         """Marks an attention that no fused kernel computes: TensorRT takes it apart."""
@@ -180,6 +221,17 @@ class _Lowering:
                 if value in dependent:
                     dependent.add(output)
         return self.casts[source, dtype]
+
+    def _constant(self, value: ir.Value, dtype: ir.DataType) -> ir.Value:
+        """An initializer in another type, which some nodes take no cast of."""
+        if (value, dtype) not in self.casts:
+            assert value.const_value is not None
+            name = f"{value.name}/{dtype.name}"
+            tensor = ir.tensor(value.const_value.numpy().astype(dtype.numpy()), dtype=dtype, name=name)
+            typed = ir.Value(name=name, type=ir.TensorType(dtype), shape=value.shape, const_value=tensor)
+            self.model.graph.register_initializer(typed)
+            self.casts[value, dtype] = typed
+        return self.casts[value, dtype]
 
     def _stored(self, value: ir.Value) -> ir.Value:
         """What the weights file holds, where the value is a weight that was cast; else the value."""

@@ -14,6 +14,10 @@ from typing import Any, Protocol
 from .errors import UserError
 
 MAX_THREADS = 1024
+EXACT = {
+    "session.x64quantprecision": "1",  # CPUs without VNNI add pairs of int8 products in 16 bits, which overflows
+    "session.qdq_matmulnbits_accuracy_level": "1",  # inputs of 8-bit weights stay float32
+}
 CPU, CUDA = "CPUExecutionProvider", "CUDAExecutionProvider"
 Arrays = Mapping[str, Any]
 
@@ -71,6 +75,8 @@ class OnnxRuntimeEngine:
         options = ort.SessionOptions()
         options.intra_op_num_threads = threads or 0
         options.log_severity_level = 3
+        for name, value in EXACT.items():
+            options.add_session_config_entry(name, value)
         try:
             self._session = ort.InferenceSession(str(graph), options, providers=[provider])
         except Exception as error:  # ONNX Runtime's classes derive from Exception alone
