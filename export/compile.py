@@ -65,7 +65,7 @@ def compile_component(job: Job, on_event: Callable[[Event], None]) -> PlanRecord
     """
     start, trt = time.monotonic(), load_module(job.target.compiler)
     logger = make_logger(trt, keep=("Layers:", "Total "), but=NO_DRIVER)
-    lowered = lower(ir.load(GRAPH), job.target.precision, job.target.wide_products)
+    lowered = lower(ir.load(GRAPH), job.target.narrow, job.target.wide_products)
     ir.save(lowered.model, TYPED)
     builder, network, _parser = _parse(trt, logger, job)
     config = _configure(trt, builder, job, on_event)
@@ -76,6 +76,7 @@ def compile_component(job: Job, on_event: Callable[[Event], None]) -> PlanRecord
             raise writer.error or CompilerError(f"the compiler refused {job.component}{within}: {logger.problems()}")
     report = parse_report(logger.lines) if job.target.compiler == "rtx" else load_report(trt, logger, PLAN)
     verify(job, lowered, report, PLAN)
+    fallen_back = report.fallen_back(lowered.rounded)
     return PlanRecord(
         component=job.component,
         key=job.key,
@@ -91,6 +92,8 @@ def compile_component(job: Job, on_event: Callable[[Event], None]) -> PlanRecord
             kernels=len(report.layers),
             fused_attentions=report.fused_attentions // len(job.profiles),
             wide_products=report.wide_products // len(job.profiles),
+            rounded_products=len(lowered.rounded) - len(fallen_back),
+            fallen_back=fallen_back,
             seconds=round(time.monotonic() - start, 1),
             peak_bytes=1024 * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss,
         ),

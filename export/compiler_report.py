@@ -7,7 +7,8 @@ from __future__ import annotations
 
 import re
 import struct
-from collections.abc import Sequence
+from collections import Counter
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 
 from tubelet.runtime.plans import COMPILERS
@@ -17,7 +18,18 @@ from .profiles import Bounds
 
 HEADER = struct.Struct("<4s12xQ8sQ16xQ")  # magic, bytes of the plan, version, architecture mask, bytes of weights
 MAGIC = b"vtrt"
-TYPES = {"Float": "fp32", "Half": "fp16", "BFloat16": "bf16", "Int64": "int64", "Int32": "int32", "Bool": "bool"}
+TYPES = {
+    "Float": "fp32",
+    "Half": "fp16",
+    "BFloat16": "bf16",
+    "Int8": "int8",
+    "FP8": "fp8",
+    "FP4E2M1": "fp4",
+    "Int64": "int64",
+    "Int32": "int32",
+    "Bool": "bool",
+}
+ROUNDED_TYPES = frozenset({"int8", "fp8", "fp4"})
 ATTENTION = re.compile(r"_mha_|fmha|flash_att", re.IGNORECASE)
 PRODUCT_TYPES = frozenset({"gemm", "correlation", "conv"})
 PRODUCT_NAMES = re.compile(r"__myl_(\w*?)(Fc|Gemm|Conv)", re.ASCII)
@@ -30,6 +42,7 @@ class Layer:
     name: str
     kind: str
     input_types: tuple[str, ...]
+    nodes: frozenset[str] = frozenset()  # of the graph, that it computes
 
     @property
     def is_attention(self) -> bool:
@@ -39,6 +52,11 @@ class Layer:
     def is_product(self) -> bool:
         """A matrix product or convolution, alone or fused with what follows it."""
         return self.kind in PRODUCT_TYPES or bool(PRODUCT_NAMES.match(self.name))
+
+    @property
+    def is_rounded(self) -> bool:
+        """A product of values in 8 or 4 bits."""
+        return self.is_product and not ROUNDED_TYPES.isdisjoint(self.input_types)
 
 
 @dataclass(frozen=True)
@@ -57,6 +75,11 @@ class Report:
     def wide_products(self) -> int:
         """Matrix products that run in float32."""
         return sum(layer.is_product and "fp32" in layer.input_types for layer in self.layers)
+
+    def fallen_back(self, rounded: Collection[str]) -> tuple[str, ...]:
+        """Those of the graph's rounded products that not every profile multiplies in 8 or 4 bits."""
+        found = Counter(name for layer in self.layers if layer.is_rounded for name in layer.nodes)
+        return tuple(sorted(name for name in rounded if found[name] < len(self.profiles)))
 
 
 def architectures(header: bytes, size: int) -> tuple[str, ...]:
@@ -97,8 +120,9 @@ def parse_report(lines: Sequence[str]) -> Report:
 def _layer(line: str) -> Layer:
     name, _, rest = line.removeprefix("Name: ").partition(", LayerType: ")
     kind, _, rest = rest.partition(", Inputs: ")
-    inputs = rest.partition(", Constants: ")[0]
-    return Layer(name, kind, tuple(TYPES.get(t, t) for t in re.findall(r"Datatype: (\w+)", inputs)))
+    inputs, _, rest = rest.partition(", Constants: ")
+    nodes = frozenset(re.findall(r"\[ONNX Layer: ([^\]]+)\]", rest))
+    return Layer(name, kind, tuple(TYPES.get(t, t) for t in re.findall(r"Datatype: (\w+)", inputs)), nodes)
 
 
 def _bounds(found: tuple[str, ...]) -> Bounds:

@@ -22,7 +22,6 @@ from tubelet.runtime.bundle import Bundle
 from tubelet.runtime.cuda import CudaDevice
 from tubelet.runtime.errors import UserError
 from tubelet.runtime.plans import (
-    BUILDABLE,
     FOLDER,
     PlanRecord,
     Target,
@@ -32,6 +31,7 @@ from tubelet.runtime.plans import (
     verify_plan,
     write_record,
 )
+from tubelet.runtime.precision import refusal
 from tubelet.runtime.profiles import Profiles
 from tubelet.runtime.tensorrt import compiler_of, load_module
 
@@ -53,11 +53,13 @@ def build_engines(
     """Builds a plan for every component of `profiles`; `on_built` hears of each, and whether it was there before.
 
     `memory_gb`, of the smallest GPU that loads the plans, limits what their activations may take. Raises UserError when
-    the compiler is missing, the precision is not there yet, the GPU at hand is not the target's or the bundle cannot
-    be written; CompilerError when the memory is too small, and when components cannot be built, after all others were.
+    the compiler is missing, the bundle was not made for the precision, the GPU at hand is not the target's or the
+    bundle cannot be written; CompilerError when the memory is too small, and when components cannot be built, after all
+    others were.
     """
-    if not target.can_be_built:
-        raise UserError(f"{target.precision} plans cannot be built yet; choose from {', '.join(BUILDABLE)}")
+    for component in profiles:
+        if (reason := refusal(bundle, target, component)) is not None:
+            raise UserError(reason)
     compiler = compiler_of(load_module(target.compiler))
     if target.compiler == "tensorrt":
         target = _for_this_gpu(target)

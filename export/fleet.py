@@ -26,6 +26,7 @@ from tubelet.runtime.bundle import Bundle, Component
 from tubelet.runtime.errors import UserError
 from tubelet.runtime.memory import MemoryInfo
 from tubelet.runtime.plans import ARCHITECTURES, COMPILERS, PRECISIONS, Target
+from tubelet.runtime.precision import refusal
 from tubelet.runtime.profiles import Profile
 from tubelet.runtime.residency import Footprint, plan_residency
 from tubelet.runtime.spec import ModelSpec
@@ -103,6 +104,7 @@ class Build:
     profiles: tuple[Profile, ...]
     plan_bytes: int
     seconds: float  # beyond compiling the first profile's kernels
+    refusal: str | None  # why it cannot be built, None where it can
 
 
 @dataclass(frozen=True)
@@ -139,7 +141,7 @@ class FleetPlan:
         """Whether every plan can be built, every model fits and every shape of the traffic is served."""
         return not any(
             (
-                *(not build.target.can_be_built for build in self.builds),
+                *(build.refusal is not None for build in self.builds),
                 *(not each.fits for loading in self.loading.values() for each in loading),
                 *self.outside.values(),
             )
@@ -172,8 +174,8 @@ def plan_fleet(path: Path) -> FleetPlan:
     for model, bundle in bundles.items():
         spec, components = bundle.spec, bundle.manifest.components
         choice = choose(spec, read_traffic(folder / fleet.traffic, spec), fleet.max_profiles)
-        for name, component in components.items():
-            builds += _builds(spec, model, name, component, choice.profiles[name], fleet.sku)
+        for name in components:
+            builds += _builds(bundle, model, name, choice.profiles[name], fleet.sku)
         for sku in fleet.sku:
             cells += _cells(spec, model, components, choice, sku)
         loading[model] = tuple(load(sku, _expected(spec, components, choice, sku)) for sku in fleet.sku)
@@ -190,32 +192,30 @@ def load(sku: Sku, footprints: Mapping[str, Footprint]) -> Loading:
         return Loading(sku.name, False, str(error))
 
 
-def _builds(
-    spec: ModelSpec, model: str, name: str, component: Component, profiles: Sequence[Profile], skus: Sequence[Sku]
-) -> list[Build]:
+def _builds(bundle: Bundle, model: str, name: str, profiles: Sequence[Profile], skus: Sequence[Sku]) -> list[Build]:
     """The plans of one component, each for as many SKUs as it can serve."""
+    spec, component = bundle.spec, bundle.manifest.components[name]
     shared: dict[tuple[str, str, tuple[str, ...]], list[Sku]] = {}
     for sku in skus:
-        alone = () if sku.compiler == "rtx" else (sku.architecture, str(sku.gpu))
-        shared.setdefault((sku.compiler, sku.precision_of(name), alone), []).append(sku)
-    return [
-        Build(
+        place = () if sku.compiler == "rtx" else (sku.architecture, str(sku.gpu))
+        shared.setdefault((sku.compiler, sku.precision_of(name), place), []).append(sku)
+    builds = []
+    for (compiler, precision, alone), group in shared.items():
+        architectures = tuple(sorted({sku.architecture for sku in group}, key=COMPILERS[compiler].index))
+        target = Target(compiler, architectures, precision, group[0].gpu if alone else None)
+        build = Build(
             model=model,
             component=name,
-            target=Target(
-                compiler,
-                tuple(sorted({sku.architecture for sku in group}, key=COMPILERS[compiler].index)),
-                precision,
-                group[0].gpu if alone else None,
-            ),
+            target=target,
             skus=tuple(sku.name for sku in group),
             memory_gb=min(sku.memory_gb for sku in group),
             profiles=tuple(profiles),
             plan_bytes=weight_bytes(component, precision) + plan_growth(spec, name, len(profiles)),
             seconds=build_seconds(spec, name, len(profiles)),
+            refusal=refusal(bundle, target, name),
         )
-        for (compiler, precision, alone), group in shared.items()
-    ]
+        builds.append(build)
+    return builds
 
 
 def _cells(spec: ModelSpec, model: str, components: Mapping[str, Component], choice: Choice, sku: Sku) -> list[Cell]:

@@ -29,6 +29,7 @@ class Order:
     model: str
     target: Target
     memory_gb: float  # of the smallest GPU that loads them
+    refusal: str | None  # why they cannot be built, None where they can
     profiles: Profiles
 
 
@@ -55,8 +56,8 @@ def build_fleet(
     rest = []
     for order in orders(planned):
         bundle = planned.bundles[order.model]
-        if not order.target.can_be_built:
-            rest.append(Rest(order, f"{order.target.precision} plans cannot be built yet", None))
+        if order.refusal is not None:
+            rest.append(Rest(order, order.refusal, None))
         elif order.target.gpu is None:
             on_order(order)
             try:
@@ -70,10 +71,11 @@ def build_fleet(
 
 
 def orders(planned: FleetPlan) -> list[Order]:
-    """A fleet's builds, those of one model, target and memory together."""
-    found: dict[tuple[str, Target, float], dict[str, Sequence[Profile]]] = {}
+    """A fleet's builds, those of one model, target and memory together; what cannot be built apart."""
+    found: dict[tuple[str, Target, float, str | None], dict[str, Sequence[Profile]]] = {}
     for build in planned.builds:
-        found.setdefault((build.model, build.target, build.memory_gb), {})[build.component] = build.profiles
+        order = (build.model, build.target, build.memory_gb, build.refusal)
+        found.setdefault(order, {})[build.component] = build.profiles
     return [Order(*key, profiles) for key, profiles in found.items()]
 
 

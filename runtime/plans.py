@@ -25,8 +25,8 @@ from .strict import read, require
 
 FOLDER = "engines"
 LOWERING = 1  # the version of the rules in export/precision.py: with another, plans are built again
-BUILDABLE = ("fp32", "fp16", "bf16")  # of these: what graphs are lowered to
 PRECISIONS = {"bf16": 2, "fp16": 2, "fp32": 4, "int8": 1, "fp8": 1, "nvfp4": 9 / 16}  # bytes of a weight and its scale
+ROUNDED = ("int8", "fp8", "nvfp4")  # of these: what linear layers of a quantized bundle are in
 
 
 @dataclass(frozen=True)
@@ -97,13 +97,16 @@ class Target:
         return f"{self.compiler}:{','.join(self.architectures)}"
 
     @property
+    def narrow(self) -> str:
+        """What is not rounded is computed in: the precision itself where it is a float type of 16 bits or more."""
+        if self.precision not in ROUNDED:
+            return self.precision
+        return "bf16" if all("bf16" in ARCHITECTURES[name].precisions for name in self.architectures) else "fp16"
+
+    @property
     def wide_products(self) -> bool:
         """Whether every architecture multiplies float32 matrices."""
         return all("fp32" in ARCHITECTURES[name].precisions for name in self.architectures)
-
-    @property
-    def can_be_built(self) -> bool:
-        return self.precision in BUILDABLE
 
     @property
     def name(self) -> str:
@@ -129,6 +132,8 @@ class Measured:
     kernels: int  # those of all profiles, and calls
     fused_attentions: int  # in each profile
     wide_products: int  # matrix products that run in float32, in each profile
+    rounded_products: int  # linear layers that run in the graph's 8 or 4 bits
+    fallen_back: tuple[str, ...]  # linear layers that the graph rounds and the plan does not multiply so
     seconds: float
     peak_bytes: int  # resident memory of the building process
 
