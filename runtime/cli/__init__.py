@@ -4,7 +4,7 @@ The only package that reads flags and environment variables, prints, and turns e
 user can mend, 128 + n for signal n. Commands that need torch load `tubelet.export` when they are typed.
 """
 
-from . import build, bundles, caption, fleet, generate, profiles, tasks  # noqa: F401 they register their commands
+from . import build, bundles, caption, fleet, generate, profiles, quantize, tasks  # noqa: F401 they register their commands
 from .app import main
 
 __all__ = ["main"]

@@ -27,7 +27,7 @@ def build(
     *,
     target: Annotated[str, typer.Option(help="Compiler and GPU architectures, such as rtx:sm89,sm120.")],
     traffic: Annotated[Path, typer.Option(help="TOML file of shapes and their shares: see docs/compile.md.")],
-    precision: Annotated[str, typer.Option(help="bf16, fp16 or fp32.")] = "bf16",
+    precision: Annotated[str, typer.Option(help="bf16, fp16, fp32; or what the bundle is quantized to.")] = "bf16",
     max_profiles: Annotated[int, typer.Option(min=1, help="Most profiles of one engine.")] = 4,
     component: Annotated[list[str] | None, typer.Option(help="Build this one alone; may be repeated.")] = None,
     memory: Annotated[

@@ -15,9 +15,11 @@ from ..bundle import EMBEDDED, Bundle
 from ..doctor import examine
 from ..errors import UserError
 from ..plans import State, states
+from ..precision import read_precision
 from .app import app, err, out
 from .output import read_recipe
 from .plans import plans_tables
+from .precision import precision_tables
 
 
 @app.command()
@@ -51,9 +53,13 @@ def _inspect_file(path: Path, as_json: bool) -> None:
 
 
 def _inspect_bundle(opened: Bundle, as_json: bool) -> None:
-    plans = states(opened)
+    plans, precision = states(opened), read_precision(opened)
     if as_json:
-        told = {**dataclasses.asdict(opened.manifest), "plans": [_plan(plan) for plan in plans]}
+        told = {
+            **dataclasses.asdict(opened.manifest),
+            "plans": [_plan(plan) for plan in plans],
+            "precision": dataclasses.asdict(precision) if precision else None,
+        }
         out.print_json(data=told)
         return
     spec, manifest = opened.spec, opened.manifest
@@ -70,7 +76,8 @@ def _inspect_bundle(opened: Bundle, as_json: bool) -> None:
     parity = Table("component", "target", "shape", "max |difference|", "relative", title="Parity against torch")
     for row in manifest.parity:
         parity.add_row(row.component, row.target, row.shape, f"{row.max_abs:.1e}", f"{row.relative:.1e}")
-    out.print(components, files, parity, *plans_tables(plans))
+    narrow = precision_tables(precision) if precision else ()
+    out.print(components, files, parity, *narrow, *plans_tables(plans))
     for plan in plans:
         if plan.problem is not None:
             out.print(plan.problem, style="red", markup=False)

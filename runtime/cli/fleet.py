@@ -10,17 +10,16 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 from rich.console import Console
 from rich.filesize import decimal
-from rich.table import Table
+from rich.table import Column, Table
 
 from ..errors import UserError
-from ..plans import Target
 from .app import app, err, out
 from .build import CORES, MISSING, Jobs
 from .plans import Bars
 from .profiles import describe, print_outside
 
 if TYPE_CHECKING:
-    from tubelet.export.fleet import FleetPlan  # noqa: TID251 loaded by the command alone
+    from tubelet.export.fleet import Build, FleetPlan  # noqa: TID251 loaded by the command alone
 
 FleetPath = Annotated[Path, typer.Argument(help="fleet.toml, or the folder that holds it: see docs/compile.md.")]
 fleet = typer.Typer(no_args_is_help=True, help="Plans, builds and checks what a fleet of machines needs.")
@@ -106,9 +105,7 @@ def _report(planned: FleetPlan) -> dict[str, Any]:
     """What `plan --json` prints."""
     return {
         "fleet": dataclasses.asdict(planned.fleet),
-        "builds": [
-            {**dataclasses.asdict(build), "can_be_built": build.target.can_be_built} for build in planned.builds
-        ],
+        "builds": [dataclasses.asdict(build) for build in planned.builds],
         "cells": [dataclasses.asdict(cell) for cell in planned.cells],
         "loading": {
             model: [dataclasses.asdict(each) for each in loading] for model, loading in planned.loading.items()
@@ -121,12 +118,7 @@ def _report(planned: FleetPlan) -> dict[str, Any]:
 def _print(planned: FleetPlan) -> None:
     for model in planned.fleet.models:
         out.print(_matrix(planned, model))
-    builds = Table("model", "component", "compiler", "precision", "architectures", "build", "plan", title="Builds")
-    for build in planned.builds:
-        builds.add_row(
-            *(build.model, build.component, build.target.compiler, build.target.precision),
-            *(" ".join(build.target.architectures), _where(build.target), decimal(build.plan_bytes)),
-        )
+        out.print(_builds(planned, model))
     machines = Table("SKU", "count", "architecture", "memory", "plans on disk", "in all", title="Machines")
     for sku in planned.fleet.sku:
         disk = planned.disk_bytes(sku.name)
@@ -134,22 +126,39 @@ def _print(planned: FleetPlan) -> None:
             *(sku.name, str(sku.count), sku.architecture, f"{sku.memory_gb:g} GB"),
             *(decimal(disk), decimal(disk * sku.count)),
         )
-    out.print(builds, machines)
+    out.print(machines)
     _print_outside(planned)
-    for where, count in Counter(_where(build.target) for build in planned.builds).items():
+    for where, count in Counter(_where(build) for build in planned.builds).items():
         out.print(f"plans to build {where}: {count}", markup=False)
+    for refusal in dict.fromkeys(build.refusal for build in planned.builds if build.refusal is not None):
+        out.print(refusal, style="red", markup=False)
     for model, loading in planned.loading.items():
         for each in loading:
             out.print(f"{model} on {each.sku}: {each.sentence}", style=None if each.fits else "red", markup=False)
 
 
-def _where(target: Target) -> str:
-    """Where a plan is built."""
-    return (
-        (f"on {target.gpu}" if target.gpu else "here")
-        if target.can_be_built
-        else f"nowhere yet, being {target.precision}"
+def _builds(planned: FleetPlan, model: str) -> Table:
+    """Every plan of a model, and where it is built."""
+    table = Table(
+        *(Column("component", no_wrap=True), "compiler, precision", "architectures", "build"),
+        Column("plan", no_wrap=True),
+        title=f"Builds of {model}",
     )
+    for build in planned.builds:
+        if build.model == model:
+            target = build.target
+            table.add_row(
+                *(build.component, f"{target.compiler} {target.precision}", " ".join(target.architectures)),
+                *(_where(build), decimal(build.plan_bytes)),
+            )
+    return table
+
+
+def _where(build: Build) -> str:
+    """Where a plan is built."""
+    if build.refusal is not None:
+        return "nowhere"
+    return f"on {build.target.gpu}" if build.target.gpu else "here"
 
 
 def _print_outside(planned: FleetPlan, to: Console = out) -> None:
@@ -162,7 +171,8 @@ def _matrix(planned: FleetPlan, model: str) -> Table:
     skus = [sku.name for sku in planned.fleet.sku]
     profiles = {build.component: build.profiles for build in planned.builds if build.model == model}
     cells = {(cell.component, cell.profile, cell.sku): cell for cell in planned.cells if cell.model == model}
-    table = Table("component", "profile", *skus, title=f"Memory of {model}")
+    narrow = (Column(name, overflow="fold") for name in ("profile", *skus))
+    table = Table(Column("component", no_wrap=True), *narrow, title=f"Memory of {model}")
     for component, chosen in profiles.items():
         for index, profile in enumerate(chosen):
             row = [cells[component, index, sku] for sku in skus]

@@ -33,22 +33,27 @@ def _title(plan: State) -> str:
 def _table(title: str, plans: Iterable[State]) -> Table:
     table = Table(
         Column("component, key", no_wrap=True),
-        *("profiles", "plan", "weights", "activations", "kernels", "time"),
+        *("plan, weights", "activations by profile", "kernels, rounded", "time"),
         Column("state", no_wrap=True),
         title=title,
         title_justify="left",
     )
+    fallen_back = list[str]()
     for each in plans:
-        name, told = each.path.stem, [""] * 6
+        name, told = each.path.stem, [""] * 4
         if each.record is not None:
             known, measured = each.record, each.record.measured
             name += f"\n{known.key[:16]}"
             told = [
-                *(str(len(known.profiles)), decimal(known.file.bytes), decimal(measured.weights_bytes)),
+                f"{decimal(known.file.bytes)}\n{decimal(measured.weights_bytes)}",
                 "\n".join(decimal(n) for n in measured.activation_bytes),
-                *(str(measured.kernels), f"{measured.seconds:.0f} s"),
+                f"{measured.kernels}\n{measured.rounded_products or ''}",
+                f"{measured.seconds:.0f} s",
             ]
+            fallen_back += measured.fallen_back
         table.add_row(name, *told, "bad" if each.problem else "good")
+    if fallen_back:
+        table.caption, table.caption_justify = f"in 16 bits, not rounded: {', '.join(fallen_back)}", "left"
     return table
 
 
