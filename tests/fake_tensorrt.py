@@ -248,6 +248,6 @@ def build_plans(
         path.parent.mkdir(parents=True, exist_ok=True)
         path.write_text(json.dumps({**content, "dtypes": dtypes, "profiles": bounds}))
         key = plan_key(bundle, name, target, compiler, wanted, None)
-        measured = Measured((weights or {}).get(name, WEIGHTS_BYTES), (1024,) * len(wanted), 1, 0, 0, 0.0, 0)
+        measured = Measured((weights or {}).get(name, WEIGHTS_BYTES), (1024,) * len(wanted), 1, 0, 0, 0, (), 0.0, 0)
         written = PlanRecord(name, key, target, compiler, dtypes, tuple(wanted), None, record(path), measured)
         write_record(path, written)

@@ -163,6 +163,7 @@ def test_progress_shows_the_phase_and_its_layers(monkeypatch: pytest.MonkeyPatch
 def test_inspect_shows_the_plans(tubelet: Callable[..., Any], compiled: Bundle) -> None:
     shown = tubelet("inspect", str(compiled.folder)).out
     assert TARGET.name in shown
+    assert "…" not in shown  # 80 columns are enough
     told = json.loads(tubelet("inspect", str(compiled.folder), "--json").out)
     assert {plan["component"] for plan in told["plans"]} == set(COMPONENTS)
     assert "rtx" not in tubelet("inspect").out
@@ -265,7 +266,7 @@ def test_a_memory_that_no_gpu_has_is_named(tubelet: Callable[..., Any], tmp_path
         (("--target", "openvino:cpu"), "compiler 'openvino' is not one of rtx, tensorrt"),
         (("--target", "rtx:sm89", "--precision", "fp12"), "precision 'fp12' is not one of bf16, fp16, fp32"),
         (("--target", "rtx:sm75,sm80", "--precision", "bf16"), "sm75 has no bf16 matrix products; it has fp16, int8"),
-        (("--target", "rtx:sm89", "--precision", "fp8"), "fp8 plans cannot be built yet; choose from fp32, fp16, bf16"),
+        (("--target", "rtx:sm89", "--precision", "fp8"), "is not quantized; make a bundle with `tubelet quantize "),
         (("--target", "rtx:sm89", "--component", "vae"), "the bundle has no component 'vae'; it has text_encoder, "),
     ],
 )
@@ -439,7 +440,7 @@ def test_two_builders_of_one_plan_leave_one(embedded_copy: Path) -> None:
             kept["first"] = build(bundle, "conditioner")["conditioner"]
 
     assert build(bundle, "conditioner", on_event=build_too) == {"conditioner": True}
-    assert kept == {"first": False} and left_in(embedded_copy) == [TARGET.name, "conditioner.json", "conditioner.plan"]
+    assert kept == {"first": False} and left_in(embedded_copy) == ["conditioner.json", "conditioner.plan", TARGET.name]
 
 
 def test_publishing_waits_for_its_turn(tmp_path: Path) -> None:
@@ -454,12 +455,17 @@ def test_publishing_waits_for_its_turn(tmp_path: Path) -> None:
 
 def test_every_part_of_a_key_counts(compiled: Bundle) -> None:
     wanted = profiles(compiled)["conditioner"]
-    files = {name: FileRecord(1, "other") for name in compiled.manifest.files}
-    other = dataclasses.replace(compiled, manifest=dataclasses.replace(compiled.manifest, files=files))
-    compiler = Compiler("tensorrt_rtx", "1")
+    components, compiler = compiled.manifest.components, Compiler("tensorrt_rtx", "1")
+
+    def changed(**digests: str) -> Bundle:
+        conditioner = dataclasses.replace(components["conditioner"], **digests)
+        manifest = dataclasses.replace(compiled.manifest, components={**components, "conditioner": conditioner})
+        return dataclasses.replace(compiled, manifest=manifest)
+
     keys = [
         plan_key(compiled, "conditioner", TARGET, compiler, wanted, None),
-        plan_key(other, "conditioner", TARGET, compiler, wanted, None),
+        plan_key(changed(graph_digest="0"), "conditioner", TARGET, compiler, wanted, None),
+        plan_key(changed(weights_digest="0"), "conditioner", TARGET, compiler, wanted, None),
         plan_key(compiled, "text_encoder", TARGET, compiler, wanted, None),
         plan_key(compiled, "conditioner", dataclasses.replace(TARGET, architectures=("sm86",)), compiler, wanted, None),
         plan_key(compiled, "conditioner", TARGET, Compiler("tensorrt_rtx", "2"), wanted, None),
@@ -617,7 +623,7 @@ def test_the_compilers_log_is_read() -> None:
     report = parse_report(LOG)
     assert report.layers == (
         Layer("__mye71863_0_myl0_0", "shape_call", ()),
-        Layer("__myl_FcAdd_myl0_1", "runtime_fusion", ("fp32",)),
+        Layer("__myl_FcAdd_myl0_1", "runtime_fusion", ("fp32",), frozenset({"node_MatMul_4"})),
         Layer("_gemm_mha_v2_myl0_17", "kgen", ("fp16", "fp16")),
         Layer("node_MatMul_374+node_MatMul_341_myl1_12", "gemm", ("fp16",)),
     )

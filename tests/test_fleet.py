@@ -145,25 +145,27 @@ def test_the_command_prints_what_to_build_where(tubelet: Callable[..., Any], tmp
     assert result.code == 0, result.err
     for text in ("T4", "H200", "plans to build on NVIDIA H200: 9", "plans to build here: 18"):
         assert text in result.out
+    assert "…" not in result.out  # 80 columns are enough
     told = json.loads(tubelet("fleet", "plan", "fleet.toml", "--json").out)
     assert told["complete"] and len(told["builds"]) == 36 and told["cells"][0]["component"] == "text_encoder"
 
 
-def test_the_command_exits_with_1_where_a_plan_cannot_be_built_yet(tubelet: Callable[..., Any], tmp_path: Path) -> None:
+def test_the_command_exits_with_1_where_a_plan_cannot_be_built(tubelet: Callable[..., Any], tmp_path: Path) -> None:
     (tmp_path / "traffic.toml").write_text(TRAFFIC)
     (tmp_path / "fleet.toml").write_text(FLEET + MIXED)
 
     result = tubelet("fleet", "plan", "fleet.toml")
     assert result.code == 1
-    for text in ("plans to build nowhere yet, being fp8: 3", "plans to build on NVIDIA H200: 8"):
+    for text in ("plans to build nowhere: 3", "plans to build on NVIDIA H200: 8"):
         assert text in result.out
     told = json.loads(tubelet("fleet", "plan", "fleet.toml", "--json").out)
     assert not told["complete"]
-    assert {build["target"]["precision"] for build in told["builds"] if not build["can_be_built"]} == {"fp8"}
+    refused = [build for build in told["builds"] if build["refusal"] is not None]
+    assert {(build["target"]["precision"], build["component"]) for build in refused} == {("fp8", "denoiser")}
 
 
-def test_what_can_be_built_is_what_graphs_are_lowered_to() -> None:
-    assert set(plans.BUILDABLE) == set(TYPES)
+def test_what_is_not_rounded_is_what_graphs_are_lowered_to() -> None:
+    assert set(plans.PRECISIONS) - set(plans.ROUNDED) == set(TYPES)
 
 
 def test_the_command_exits_with_1_where_a_model_does_not_fit(tubelet: Callable[..., Any], tmp_path: Path) -> None:

@@ -32,7 +32,9 @@ def test_the_folders_are_no_packages_of_their_own() -> None:
 
 def test_only_the_command_line_knows_the_exporter() -> None:
     knowing = {file for file, module in imports("runtime") if module.startswith("tubelet.export")}
-    assert knowing == {f"runtime/cli/{name}.py" for name in ("build", "bundles", "fleet", "plans", "profiles")}
+    assert knowing == {
+        f"runtime/cli/{name}.py" for name in ("build", "bundles", "fleet", "plans", "profiles", "quantize")
+    }
     assert not [i for i in imports("runtime") if i[1].split(".")[0] in ("torch", "onnx", "onnx_ir")]
 
 
