@@ -22,7 +22,7 @@ RESERVED = 1 << 29  # bytes for contexts, the code of kernels and the sampler's 
 HOST_BYTES = 4  # of a weight: ONNX Runtime holds float32
 PARTS = {
     "text encoder": ("text_encoder", "conditioner", "conditioner_low"),
-    "image encoder": ("image_encoder", "image_conditioner"),
+    "image encoder": ("image_encoder", "image_conditioner", "image_conditioner_low"),
     "denoiser": ("denoiser",),
     "denoiser for low noise": ("denoiser_low",),
     "VAE": ("vae_decoder_first", "vae_decoder", "vae_encoder_first", "vae_encoder"),
