@@ -40,7 +40,7 @@ SIZES = {
     "5B": {"width": 3072, "heads": 24, "ffn_width": 14336},
 }
 TARGET = Target("rtx", ("sm86", "sm89", "sm120"), "bf16")
-TRAFFIC = tuple(Shape(*shape, 1, 1 / 3) for shape in ((832, 480, 81), (1280, 720, 49), (1280, 720, 81)))
+TRAFFIC = tuple(Shape(*shape, 1 / 3) for shape in ((832, 480, 81), (1280, 720, 49), (1280, 720, 81)))
 BUILT = ("conditioner", "denoiser")
 GIB = 2**30
 

@@ -17,6 +17,7 @@ from typing import Any
 import onnx_ir as ir
 
 from tubelet.runtime.bundle import Shape, record
+from tubelet.runtime.compiler_log import make_logger
 from tubelet.runtime.plans import Measured, PlanRecord, Target
 from tubelet.runtime.profiles import Profile
 from tubelet.runtime.tensorrt import compiler_of, load_module
@@ -62,7 +63,7 @@ def compile_component(job: Job, on_event: Callable[[Event], None]) -> PlanRecord
     Raises CompilerError when the compiler refuses or the plan is not what was asked for.
     """
     start, trt = time.monotonic(), load_module(job.target.compiler)
-    logger = _logger(trt)
+    logger = make_logger(trt, keep=("Layers:", "Total "), but=NO_DRIVER)
     lowered = lower(ir.load(GRAPH), job.target.precision, job.target.wide_products)
     ir.save(lowered.model, TYPED)
     builder, network, _parser = _parse(trt, logger, job)
@@ -157,27 +158,6 @@ def _configure(trt: Any, builder: Any, job: Job, on_event: Callable[[Event], Non
             if not config.set_compute_capability(getattr(trt.ComputeCapability, name.upper()), index):
                 raise CompilerError(f"{job.component}: the compiler refused the architecture {name}")
     return config
-
-
-def _logger(trt: Any) -> Any:
-    class Logger(trt.ILogger):
-        """Keeps what the report is read from, and what went wrong."""
-
-        def __init__(self) -> None:
-            super().__init__()
-            self.lines: list[str] = []
-            self.errors: list[str] = []
-
-        def log(self, severity: Any, message: str) -> None:
-            if severity <= trt.ILogger.ERROR and NO_DRIVER not in message:
-                self.errors.append(message)
-            elif message.startswith(("Layers:", "Total ")):
-                self.lines.append(message)
-
-        def problems(self) -> str:
-            return "; ".join(self.errors) or "it gave no reason"
-
-    return Logger()
 
 
 def _monitor(trt: Any, component: str, on_event: Callable[[Event], None]) -> Any:

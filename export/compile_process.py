@@ -28,7 +28,9 @@ def main() -> None:
     be_killed_with_parent()
     pipe = Connection(int(sys.argv[1]))
     with contextlib.suppress(EOFError, ConnectionError):
-        pipe.send(_build(pipe.recv(), pipe))
+        job = pipe.recv()
+        if not pipe.poll():  # what comes after the job is the end: the parent went before it could take this one along
+            pipe.send(_build(job, pipe))
 
 
 def be_killed_with_parent() -> None:

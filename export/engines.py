@@ -6,6 +6,7 @@ is kept, so that an interrupted build goes on where it was; what was being built
 
 from __future__ import annotations
 
+import dataclasses
 import os
 import shutil
 import signal
@@ -18,8 +19,10 @@ from pathlib import Path
 from typing import cast
 
 from tubelet.runtime.bundle import WEIGHTS, Bundle
+from tubelet.runtime.cuda import CudaDevice
 from tubelet.runtime.errors import UserError
 from tubelet.runtime.plans import (
+    BUILDABLE,
     FOLDER,
     PlanRecord,
     Target,
@@ -34,7 +37,7 @@ from tubelet.runtime.tensorrt import compiler_of, load_module
 
 from .compile import GRAPH, PLAN, Event, Job
 from .errors import CompilerError
-from .precision import TYPES
+from .estimate import activation_budget
 from .working_folder import locked, working_folder
 
 
@@ -43,28 +46,33 @@ def build_engines(
     target: Target,
     profiles: Profiles,
     workers: int,
-    budget: int | None = None,
+    memory_gb: float | None = None,
     on_event: Callable[[Event], None] = lambda event: None,
     on_built: Callable[[PlanRecord, bool], None] = lambda record, kept: None,
 ) -> list[PlanRecord]:
     """Builds a plan for every component of `profiles`; `on_built` hears of each, and whether it was there before.
 
-    `budget` limits the device memory of a plan's activations, in bytes. Raises UserError when the compiler is missing,
-    the precision is not there yet or the bundle cannot be written, CompilerError when components cannot be built, after
-    all others were.
+    `memory_gb`, of the smallest GPU that loads the plans, limits what their activations may take. Raises UserError when
+    the compiler is missing, the precision is not there yet, the GPU at hand is not the target's or the bundle cannot
+    be written; CompilerError when the memory is too small, and when components cannot be built, after all others were.
     """
-    if target.precision not in TYPES:
-        raise UserError(f"{target.precision} plans cannot be built yet; choose from {', '.join(TYPES)}")
+    if not target.can_be_built:
+        raise UserError(f"{target.precision} plans cannot be built yet; choose from {', '.join(BUILDABLE)}")
     compiler = compiler_of(load_module(target.compiler))
+    if target.compiler == "tensorrt":
+        target = _for_this_gpu(target)
+    components = bundle.manifest.components
     jobs, built = [], []
     for component, wanted in profiles.items():
+        budget = None
+        if memory_gb is not None:
+            budget = activation_budget(components, component, target.precision, memory_gb)
         key = plan_key(bundle, component, target, compiler, wanted, budget)
         if known := _kept(plan_path(bundle, target, component), key):
             built.append(known)
             on_built(known, True)
         else:
-            inputs = bundle.manifest.components[component].inputs
-            jobs.append(Job(component, key, inputs, target, tuple(wanted), budget))
+            jobs.append(Job(component, key, components[component].inputs, target, tuple(wanted), budget))
     if jobs:
         jobs.sort(key=lambda job: bundle.graph(job.component).stat().st_size * len(job.profiles), reverse=True)
         folder = bundle.folder / FOLDER
@@ -76,6 +84,17 @@ def build_engines(
                 f"cannot build in {folder}: {error.strerror}; copy the bundle to a writable folder"
             ) from error
     return built
+
+
+def _for_this_gpu(target: Target) -> Target:
+    """The target with the GPU of this machine, which TensorRT builds for whatever it is asked."""
+    with CudaDevice() as device:
+        if (device.architecture,) != target.architectures:
+            raise UserError(
+                f"{target} must be built on such a GPU, this machine's is {device.name}, {device.architecture}; "
+                f"build there, or for tensorrt:{device.architecture}"
+            )
+        return dataclasses.replace(target, gpu=device.name)
 
 
 def _kept(plan: Path, key: str) -> PlanRecord | None:

@@ -3,22 +3,28 @@
 Flows in: a manifest, a component's name, its profiles. Flows out: bytes and seconds, all estimates: before a plan is
 built only its weights are known. Needs no torch.
 
-    activations = 2 bytes * (values of all inputs and outputs + values alive at the widest moment inside)
+    buffers     = 2 bytes * values of all inputs and outputs
+    activations = 2 bytes * values alive at the widest moment inside
     plan        = weights + profiles * blocks * 1.5 MB
     build time  = profiles * blocks * 1.5 s
 
-An engine's activations are those of its profile's greatest extents.
+Buffers and activations are those of the greatest extents of the profiles. What is expected has the form of what is
+measured later, a Footprint, so that the same plan of memory serves both.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
 from tubelet.runtime.bundle import Component, Extents, sizes
+from tubelet.runtime.plans import PRECISIONS
 from tubelet.runtime.profiles import Profile
+from tubelet.runtime.residency import PARTS, RESERVED, Footprint
 from tubelet.runtime.spec import ModelSpec
+
+from .errors import CompilerError
 
 VALUE_BYTES = 2  # activations are fp16 or bf16 whatever the weights are
 PROFILE_BYTES = 1_500_000  # a block a profile; 1.3 to 1.6 MB with TensorRT-RTX 1.7 and a denoiser's blocks
@@ -42,16 +48,37 @@ def build_seconds(spec: ModelSpec, component: str, profiles: int) -> float:
     return profiles * KINDS[component].blocks(spec) * PROFILE_SECONDS
 
 
-def weight_bytes(component: Component, bytes_each: float) -> int:
-    return math.ceil(component.parameters * bytes_each)
+def weight_bytes(component: Component, precision: str) -> int:
+    return math.ceil(component.parameters * PRECISIONS[precision])
 
 
-def activation_bytes(spec: ModelSpec, name: str, component: Component, profile: Profile) -> int:
-    """Inputs, outputs and what is alive inside, at the profile's greatest extents."""
-    extents = {extent: values.max for extent, values in profile.items()}
+def footprint(
+    spec: ModelSpec, name: str, component: Component, profiles: Sequence[Profile], precision: str
+) -> Footprint:
+    """What an engine is expected to take on its device, at the greatest sizes of these profiles."""
     ports = (*component.inputs.values(), *component.outputs.values())
-    values = sum(math.prod(sizes(port, extents)) for port in ports) + KINDS[name].inside(spec, extents)
-    return VALUE_BYTES * values
+    most = [{extent: values.max for extent, values in profile.items()} for profile in profiles]
+    return Footprint(
+        weights=weight_bytes(component, precision),
+        buffers=VALUE_BYTES * max(sum(math.prod(sizes(port, extents)) for port in ports) for extents in most),
+        scratch=VALUE_BYTES * max(KINDS[name].inside(spec, extents) for extents in most),
+    )
+
+
+def activation_budget(components: Mapping[str, Component], name: str, precision: str, memory_gb: float) -> int:
+    """Bytes that a component's activations may take on a GPU of this memory: all that the weights of its part leave.
+
+    Raises CompilerError where they leave nothing.
+    """
+    part, names = next((part, names) for part, names in PARTS.items() if name in names)
+    weights = sum(weight_bytes(components[each], precision) for each in names if each in components)
+    budget = round(memory_gb * 10**9) - RESERVED - weights
+    if budget <= 0:
+        raise CompilerError(
+            f"a GPU of {memory_gb:g} GB cannot hold the {part}: its weights take {weights / 10**9:.1f} GB, and "
+            f"{RESERVED / 10**9:.1f} GB are kept for other things"
+        )
+    return budget
 
 
 def _transformer(width: int, hidden: int) -> int:

@@ -10,6 +10,7 @@
     memory_gb = 24               # as on the card's name, 10^9 bytes; what it has beyond that is CUDA's
     count = 12
     precision = "fp8"            # of the denoiser; below 16 bits all else is bf16, before sm80 fp16
+    gpu = "NVIDIA L4"            # as its driver names it: where only TensorRT builds, whose plans are for one GPU
 
 Flows in: fleet.toml, the bundles and the traffic that it names. Flows out: a FleetPlan, which `fleet_build` builds and
 `fleet_check` checks by. Needs no torch and no compiler; knows nothing of how a plan is built.
@@ -23,12 +24,14 @@ from pathlib import Path
 
 from tubelet.runtime.bundle import Bundle, Component
 from tubelet.runtime.errors import UserError
+from tubelet.runtime.memory import MemoryInfo
 from tubelet.runtime.plans import ARCHITECTURES, COMPILERS, PRECISIONS, Target
 from tubelet.runtime.profiles import Profile
+from tubelet.runtime.residency import Footprint, plan_residency
 from tubelet.runtime.spec import ModelSpec
 from tubelet.runtime.strict import read, read_toml, require, require_positive
 
-from .estimate import activation_bytes, build_seconds, plan_growth, weight_bytes
+from .estimate import build_seconds, footprint, plan_growth, weight_bytes
 from .profiles import Choice, Outside, choose
 from .traffic import read_traffic
 
@@ -42,6 +45,7 @@ class Sku:
     memory_gb: float
     count: int
     precision: str
+    gpu: str | None = None
 
     def __post_init__(self) -> None:
         require_positive(self, "sku")
@@ -51,6 +55,10 @@ class Sku:
         require(
             self.precision in have,
             f"sku.precision {self.precision} is not there on {self.architecture}; choose from {', '.join(have)}",
+        )
+        require(
+            self.gpu is not None or self.compiler != "tensorrt",
+            f"sku.gpu is missing: plans for {self.architecture} are for one GPU; name it as `nvidia-smi -L` does",
         )
 
     @property
@@ -85,13 +93,13 @@ class Fleet:
 
 @dataclass(frozen=True)
 class Build:
-    """One plan: for TensorRT-RTX all architectures of a precision together, for TensorRT one SKU's."""
+    """One plan: for TensorRT-RTX all architectures of a precision together, for TensorRT one GPU's."""
 
     model: str  # as fleet.toml names it
     component: str
-    target: Target
-    machine: str | None  # the SKU that it must be built on; None: any machine with TensorRT-RTX, and no GPU needed
+    target: Target  # whose GPU it must be built on; none: any machine with TensorRT-RTX
     skus: tuple[str, ...]  # that load it
+    memory_gb: float  # of the smallest of them
     profiles: tuple[Profile, ...]
     plan_bytes: int
     seconds: float  # beyond compiling the first profile's kernels
@@ -99,17 +107,22 @@ class Build:
 
 @dataclass(frozen=True)
 class Cell:
-    """One component on one SKU in one profile: what the machine's memory then holds.
-
-    That is the weights of every component of the model, and this component's activations.
-    """
+    """One component on one SKU in one profile: its weights, inputs, outputs and activations."""
 
     model: str
     component: str
     sku: str
     profile: int
     memory_bytes: int
+
+
+@dataclass(frozen=True)
+class Loading:
+    """Whether a SKU's memory takes a model, and which of its components at the same time."""
+
+    sku: str
     fits: bool
+    sentence: str
 
 
 @dataclass(frozen=True)
@@ -118,12 +131,19 @@ class FleetPlan:
     bundles: Mapping[str, Bundle]  # by model
     builds: tuple[Build, ...]
     cells: tuple[Cell, ...]
+    loading: Mapping[str, tuple[Loading, ...]]  # by model: for each SKU
     outside: Mapping[str, tuple[Outside, ...]]  # by model: shapes of the traffic that it cannot serve
 
     @property
     def complete(self) -> bool:
-        """Whether every cell fits and every shape of the traffic is served."""
-        return all(cell.fits for cell in self.cells) and not any(self.outside.values())
+        """Whether every plan can be built, every model fits and every shape of the traffic is served."""
+        return not any(
+            (
+                *(not build.target.can_be_built for build in self.builds),
+                *(not each.fits for loading in self.loading.values() for each in loading),
+                *self.outside.values(),
+            )
+        )
 
     def disk_bytes(self, sku: str) -> int:
         """All plans that one machine of a SKU loads."""
@@ -148,7 +168,7 @@ def plan_fleet(path: Path) -> FleetPlan:
     bundles = {model: Bundle.open(folder / model) for model in fleet.models}
     builds: list[Build] = []
     cells: list[Cell] = []
-    outside = {}
+    loading, outside = {}, {}
     for model, bundle in bundles.items():
         spec, components = bundle.spec, bundle.manifest.components
         choice = choose(spec, read_traffic(folder / fleet.traffic, spec), fleet.max_profiles)
@@ -156,18 +176,28 @@ def plan_fleet(path: Path) -> FleetPlan:
             builds += _builds(spec, model, name, component, choice.profiles[name], fleet.sku)
         for sku in fleet.sku:
             cells += _cells(spec, model, components, choice, sku)
+        loading[model] = tuple(load(sku, _expected(spec, components, choice, sku)) for sku in fleet.sku)
         outside[model] = choice.outside
-    return FleetPlan(fleet, bundles, tuple(builds), tuple(cells), outside)
+    return FleetPlan(fleet, bundles, tuple(builds), tuple(cells), loading, outside)
+
+
+def load(sku: Sku, footprints: Mapping[str, Footprint]) -> Loading:
+    """The runtime's own decision for a GPU of this memory."""
+    memory = round(sku.memory_gb * 10**9)
+    try:
+        return Loading(sku.name, True, plan_residency(footprints, MemoryInfo(memory, memory), sku.name).sentence)
+    except UserError as error:
+        return Loading(sku.name, False, str(error))
 
 
 def _builds(
     spec: ModelSpec, model: str, name: str, component: Component, profiles: Sequence[Profile], skus: Sequence[Sku]
 ) -> list[Build]:
     """The plans of one component, each for as many SKUs as it can serve."""
-    shared: dict[tuple[str, str, str | None], list[Sku]] = {}
+    shared: dict[tuple[str, str, tuple[str, ...]], list[Sku]] = {}
     for sku in skus:
-        machine = None if sku.compiler == "rtx" else sku.name
-        shared.setdefault((sku.compiler, sku.precision_of(name), machine), []).append(sku)
+        alone = () if sku.compiler == "rtx" else (sku.architecture, str(sku.gpu))
+        shared.setdefault((sku.compiler, sku.precision_of(name), alone), []).append(sku)
     return [
         Build(
             model=model,
@@ -176,25 +206,32 @@ def _builds(
                 compiler,
                 tuple(sorted({sku.architecture for sku in group}, key=COMPILERS[compiler].index)),
                 precision,
+                group[0].gpu if alone else None,
             ),
-            machine=machine,
             skus=tuple(sku.name for sku in group),
+            memory_gb=min(sku.memory_gb for sku in group),
             profiles=tuple(profiles),
-            plan_bytes=weight_bytes(component, PRECISIONS[precision]) + plan_growth(spec, name, len(profiles)),
+            plan_bytes=weight_bytes(component, precision) + plan_growth(spec, name, len(profiles)),
             seconds=build_seconds(spec, name, len(profiles)),
         )
-        for (compiler, precision, machine), group in shared.items()
+        for (compiler, precision, alone), group in shared.items()
     ]
 
 
 def _cells(spec: ModelSpec, model: str, components: Mapping[str, Component], choice: Choice, sku: Sku) -> list[Cell]:
-    weights = sum(weight_bytes(component, PRECISIONS[sku.precision_of(name)]) for name, component in components.items())
     cells = []
     for name, component in components.items():
         for index, profile in enumerate(choice.profiles[name]):
-            memory = weights + activation_bytes(spec, name, component, profile)
-            cells.append(Cell(model, name, sku.name, index, memory, memory <= sku.memory_gb * 10**9))
+            alone = footprint(spec, name, component, [profile], sku.precision_of(name))
+            cells.append(Cell(model, name, sku.name, index, sum(vars(alone).values())))
     return cells
+
+
+def _expected(spec: ModelSpec, components: Mapping[str, Component], choice: Choice, sku: Sku) -> dict[str, Footprint]:
+    return {
+        name: footprint(spec, name, component, choice.profiles[name], sku.precision_of(name))
+        for name, component in components.items()
+    }
 
 
 def _require_one_of(name: str, value: str, known: Mapping[str, object]) -> None:

@@ -20,7 +20,6 @@ from .compile import Event
 from .engines import build_engines
 from .errors import CompilerError
 from .fleet import Fleet, FleetPlan
-from .precision import TYPES
 
 
 @dataclass(frozen=True)
@@ -29,13 +28,13 @@ class Order:
 
     model: str
     target: Target
-    machine: str | None  # the SKU that it must be built on
+    memory_gb: float  # of the smallest GPU that loads them
     profiles: Profiles
 
 
 @dataclass(frozen=True)
 class Rest:
-    """Plans that were not built here, why, and what builds them on the order's machine."""
+    """Plans that were not built here, why, and what builds them on the GPU of the order's target."""
 
     order: Order
     reason: str
@@ -56,25 +55,25 @@ def build_fleet(
     rest = []
     for order in orders(planned):
         bundle = planned.bundles[order.model]
-        if order.target.precision not in TYPES:
+        if not order.target.can_be_built:
             rest.append(Rest(order, f"{order.target.precision} plans cannot be built yet", None))
-        elif order.machine is None:
+        elif order.target.gpu is None:
             on_order(order)
             try:
-                build_engines(bundle, order.target, order.profiles, workers, None, on_event, on_built)
+                build_engines(bundle, order.target, order.profiles, workers, order.memory_gb, on_event, on_built)
             except CompilerError as error:
                 rest.append(Rest(missing(bundle, order) or order, str(error), None))
         elif left := missing(bundle, order):
             told = command(planned.fleet, bundle, left)
-            rest.append(Rest(left, f"they are built on {order.machine}", told))
+            rest.append(Rest(left, f"they are built on {order.target.gpu}", told))
     return rest
 
 
 def orders(planned: FleetPlan) -> list[Order]:
-    """A fleet's builds, those of one model, target and machine together."""
-    found: dict[tuple[str, Target, str | None], dict[str, Sequence[Profile]]] = {}
+    """A fleet's builds, those of one model, target and memory together."""
+    found: dict[tuple[str, Target, float], dict[str, Sequence[Profile]]] = {}
     for build in planned.builds:
-        found.setdefault((build.model, build.target, build.machine), {})[build.component] = build.profiles
+        found.setdefault((build.model, build.target, build.memory_gb), {})[build.component] = build.profiles
     return [Order(*key, profiles) for key, profiles in found.items()]
 
 
@@ -92,7 +91,7 @@ def missing(bundle: Bundle, order: Order) -> Order | None:
 def command(fleet: Fleet, bundle: Bundle, order: Order) -> str:
     """The shell line that builds an order, to be typed in the folder of fleet.toml."""
     words = ["tubelet", "build", order.model, "--target", str(order.target), "--precision", order.target.precision]
-    words += ["--traffic", fleet.traffic, "--max-profiles", str(fleet.max_profiles)]
+    words += ["--memory", f"{order.memory_gb:g}", "--traffic", fleet.traffic, "--max-profiles", str(fleet.max_profiles)]
     if set(order.profiles) != set(bundle.manifest.components):
         words += [word for component in order.profiles for word in ("--component", component)]
-    return f"{shlex.join(words)}  # on {order.machine}"
+    return f"{shlex.join(words)}  # on {order.target.gpu}"

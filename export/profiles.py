@@ -141,17 +141,12 @@ def token_profiles(spec: ModelSpec, served: Sequence[Served], limit: int) -> lis
         work[tokens] = work.get(tokens, 0.0) + each.shape.share * flops(spec, tokens)
     runs = partition(sorted(work), lambda tokens, opt: work[tokens] * abs(math.log2(tokens / opt)), limit)
     starts = [runs[0][0][0], *(run[-1] + 1 for run, _ in runs[:-1])]
-    return [
-        {"B": _rows(spec, [s for s in served if s.geometry.tokens in run]), "N": Range(start, opt, run[-1])}
-        for start, (run, opt) in zip(starts, runs, strict=True)
-    ]
+    return [{"B": _rows(spec), "N": Range(start, opt, run[-1])} for start, (run, opt) in zip(starts, runs, strict=True)]
 
 
-def _rows(spec: ModelSpec, served: Sequence[Served]) -> Range:
-    """B: as many requests as the traffic has at once, each one row or, with guidance, two."""
-    usual = max(served, key=lambda each: each.shape.share * flops(spec, each.geometry.tokens)).shape.batch
-    branches = 2 if Request("").complete(spec).guided else 1
-    return Range(1, branches * usual, 2 * max(each.shape.batch for each in served))
+def _rows(spec: ModelSpec) -> Range:
+    """B: one row or, with guidance, two."""
+    return Range(1, 2 if Request("").complete(spec).guided else 1, 2)
 
 
 def picture_profiles(served: Sequence[Served], limit: int) -> list[Profile]:
@@ -212,7 +207,7 @@ def _components(
 ) -> dict[str, tuple[Profile, ...]]:
     """Each component's profiles, by how `pipeline.py` and `caption.py` run it."""
     one, length = _fixed(1), _fixed(spec.text_encoder.length)
-    text: tuple[Profile, ...] = ({"B": _rows(spec, served), "L": length},)
+    text: tuple[Profile, ...] = ({"B": _rows(spec), "L": length},)
     first = tuple({"B": one, **picture} for picture in pictures)
     chunks = tuple({**picture, "t": Range(1, CHUNK, CHUNK)} for picture in first)
     profiles = {

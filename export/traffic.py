@@ -5,8 +5,7 @@
     height = 480
     seconds = 5      # or frames = 81
     fps = 16         # beside seconds; the model's if not given
-    batch = 1        # requests that are denoised at once
-    share = 0.6      # of all requests; any unit, the sum counts as 1
+    share = 0.6      # of all requests; any unit, the sum counts as 1; 1 if not given
 
 Flows in: a TOML file. Flows out: shapes, not yet checked against what the model can make. A shape is a clip as it is
 denoised: one window of a long video.
@@ -24,22 +23,21 @@ from tubelet.runtime.geometry import frames_for
 from tubelet.runtime.spec import ModelSpec
 from tubelet.runtime.strict import read, read_toml, require, require_positive
 
-MOST = 1_000_000  # pixels of a side, frames, requests at once: more than any model makes
+MOST = 1_000_000  # pixels of a side, frames: more than any model makes
 
 
 @dataclass(frozen=True)
 class Shape:
-    """A size of clip in pixels and frames, how many are denoised at once, and its part of all requests."""
+    """A size of clip in pixels and frames, and its part of all requests."""
 
     width: int
     height: int
     frames: int
-    batch: int
     share: float
 
     def __post_init__(self) -> None:
         require_positive(self, "shape")
-        for name in ("width", "height", "frames", "batch"):
+        for name in ("width", "height", "frames"):
             value = getattr(self, name)
             require(value <= MOST, f"shape.{name} must be at most {MOST}, is {value}")
 
@@ -50,11 +48,10 @@ class _Entry:
 
     width: int
     height: int
-    frames: int | None
-    seconds: float | None
-    fps: float | None
-    batch: int
-    share: float
+    frames: int | None = None
+    seconds: float | None = None
+    fps: float | None = None
+    share: float = 1.0
 
     def __post_init__(self) -> None:
         require_positive(self, "shape")
@@ -74,7 +71,7 @@ class _Entry:
             )
             frames = frames_for(spec, self.seconds, fps)
         assert frames is not None  # one of both is given
-        return Shape(self.width, self.height, frames, self.batch, self.share)
+        return Shape(self.width, self.height, frames, self.share)
 
 
 def read_traffic(path: Path, spec: ModelSpec) -> tuple[Shape, ...]:
@@ -92,8 +89,7 @@ def read_traffic(path: Path, spec: ModelSpec) -> tuple[Shape, ...]:
 
 
 def _shape(entry: Any, spec: ModelSpec, where: str) -> Shape:
-    optional = {"frames": None, "seconds": None, "fps": None}
     try:
-        return read(_Entry, optional | entry if isinstance(entry, dict) else entry, "shape").shape(spec)
+        return read(_Entry, entry, "shape").shape(spec)
     except UserError as error:
         raise UserError(f"{where}: {error}") from error

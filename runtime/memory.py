@@ -91,7 +91,7 @@ _REMEDIES = {
     "CUDA_ERROR_UNSUPPORTED_PTX_VERSION": "the NVIDIA driver is older than tubelet's compiler; install a newer driver",
     "CUDA_ERROR_SYSTEM_DRIVER_MISMATCH": "restart the machine after updating the NVIDIA driver",
     "CUDA_ERROR_ILLEGAL_ADDRESS": "an earlier piece of work touched wrong memory; restart the process and report it",
-    "CUDA_ERROR_STREAM_CAPTURE_INVALIDATED": "something waited for the device during the capture; run without a graph",
+    "CUDA_ERROR_STREAM_CAPTURE_INVALIDATED": "something waited for the device meanwhile; steps go on without a graph",
 }
 
 

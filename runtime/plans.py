@@ -12,6 +12,7 @@ import dataclasses
 import hashlib
 import json
 import os
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -20,9 +21,11 @@ from .atomic import temporary_beside
 from .bundle import SCHEMA, WEIGHTS, Bundle, FileRecord, record
 from .errors import UserError
 from .profiles import Profile, Range
-from .strict import read
+from .strict import read, require
 
 FOLDER = "engines"
+LOWERING = 1  # the version of the rules in export/precision.py: with another, plans are built again
+BUILDABLE = ("fp32", "fp16", "bf16")  # of these: what graphs are lowered to
 PRECISIONS = {"bf16": 2, "fp16": 2, "fp32": 4, "int8": 1, "fp8": 1, "nvfp4": 9 / 16}  # bytes of a weight and its scale
 
 
@@ -35,14 +38,14 @@ class Architecture:
 
 
 ARCHITECTURES = {
-    "sm75": Architecture(("rtx", "tensorrt"), ("fp16", "int8")),
+    "sm75": Architecture(("rtx",), ("fp16", "int8")),
     "sm80": Architecture(("rtx", "tensorrt"), ("bf16", "fp16", "fp32", "int8")),
     "sm86": Architecture(("rtx", "tensorrt"), ("bf16", "fp16", "fp32", "int8")),
     "sm89": Architecture(("rtx", "tensorrt"), ("bf16", "fp16", "fp32", "int8", "fp8")),
     "sm90": Architecture(("tensorrt",), ("bf16", "fp16", "fp32", "int8", "fp8")),
     "sm100": Architecture(("tensorrt",), ("bf16", "fp16", "fp32", "int8", "fp8", "nvfp4")),
     "sm120": Architecture(("rtx", "tensorrt"), ("bf16", "fp16", "fp32", "int8", "fp8", "nvfp4")),
-    "sm121": Architecture(("rtx",), ("bf16", "fp16", "fp32", "int8", "fp8", "nvfp4")),
+    "sm121": Architecture(("rtx", "tensorrt"), ("bf16", "fp16", "fp32", "int8", "fp8", "nvfp4")),
 }
 COMPILERS = {  # what each builds for; bit i of an RTX plan's architecture mask is its i-th
     compiler: tuple(name for name, row in ARCHITECTURES.items() if compiler in row.compilers)
@@ -52,11 +55,15 @@ COMPILERS = {  # what each builds for; bit i of an RTX plan's architecture mask 
 
 @dataclass(frozen=True)
 class Target:
-    """A compiler, the GPU architectures that one plan serves, and what it computes in."""
+    """A compiler, the GPU architectures that one plan serves, and what it computes in.
+
+    A plan of TensorRT serves one model of GPU, that which it was built on.
+    """
 
     compiler: str
     architectures: tuple[str, ...]
     precision: str
+    gpu: str | None = None  # as its driver names it; of TensorRT alone, None before it is known
 
     def __post_init__(self) -> None:
         if self.compiler not in COMPILERS:
@@ -70,6 +77,8 @@ class Target:
                 f"architectures {','.join(self.architectures) or '(none)'} must be given once each and in the order "
                 f"{', '.join(known)}"
             )
+        if self.compiler == "tensorrt" and len(self.architectures) > 1:
+            raise UserError(f"tensorrt builds for one architecture at a time, not for {','.join(self.architectures)}")
         if self.precision not in PRECISIONS:
             raise UserError(f"precision {self.precision!r} is not one of {', '.join(PRECISIONS)}")
         for name in self.architectures:
@@ -93,9 +102,14 @@ class Target:
         return all("fp32" in ARCHITECTURES[name].precisions for name in self.architectures)
 
     @property
+    def can_be_built(self) -> bool:
+        return self.precision in BUILDABLE
+
+    @property
     def name(self) -> str:
         """The folder of its plans."""
-        return "-".join((self.compiler, *self.architectures, self.precision))
+        gpu = () if self.gpu is None else ("_".join(re.findall(r"\w+", self.gpu)),)
+        return "-".join((self.compiler, *self.architectures, *gpu, self.precision))
 
 
 @dataclass(frozen=True)
@@ -141,6 +155,7 @@ def plan_key(
     files = bundle.manifest.files
     content = {
         "schema": SCHEMA,
+        "lowering": LOWERING,
         "graph": files[bundle.manifest.components[component].graph].sha256,
         "weights": files[WEIGHTS].sha256,
         "target": dataclasses.asdict(target),
@@ -156,26 +171,54 @@ def plan_path(bundle: Bundle, target: Target, component: str) -> Path:
 
 
 def installed(bundle: Bundle, component: str, target: Target, profiles: Sequence[Profile]) -> PlanRecord:
-    """The record of the plan for these profiles, from any release of its compiler.
+    """The record of the plan for these profiles, from any release of its compiler and within any budget.
 
     Raises UserError when there is none, it is damaged, or it was built for something else.
     """
     plan = plan_path(bundle, target, component)
     known = read_record(plan)
-    verify_plan(plan, known, plan_key(bundle, component, target, known.compiler, profiles, None))
+    verify_plan(plan, known, plan_key(bundle, component, target, known.compiler, profiles, known.budget))
     return known
 
 
-def records(bundle: Bundle) -> list[PlanRecord]:
-    """Of all plans in a bundle, by target. Raises UserError when one is not readable."""
-    return [read_record(path) for path in sorted((bundle.folder / FOLDER).glob("*/*.json"))]
+@dataclass(frozen=True)
+class State:
+    """A plan as it lies in a bundle: its record, where that can be read, and what is wrong with it."""
+
+    path: Path
+    record: PlanRecord | None
+    problem: str | None
+
+
+def states(bundle: Bundle) -> list[State]:
+    """All plans of a bundle, by target, each verified against its record and the bundle."""
+    records = sorted((bundle.folder / FOLDER).glob("*/*.json"))
+    return [_state(bundle, path.with_suffix(".plan")) for path in records]
+
+
+def _state(bundle: Bundle, plan: Path) -> State:
+    known = None
+    try:
+        known = read_record(plan)
+        require(known.component in bundle.manifest.components, f"the bundle has no component {known.component}")
+        verify_plan(plan, known, _own_key(bundle, known))
+    except UserError as error:
+        return State(plan, known, str(error))
+    return State(plan, known, None)
+
+
+def _own_key(bundle: Bundle, known: PlanRecord) -> str:
+    """The key that a plan like this has when it was built from this bundle."""
+    return plan_key(bundle, known.component, known.target, known.compiler, known.profiles, known.budget)
 
 
 def read_record(plan: Path) -> PlanRecord:
     """The record beside a plan. Raises UserError when there is none or it is not readable."""
     path = plan.with_suffix(".json")
     try:
-        return read(PlanRecord, json.loads(path.read_text(encoding="utf-8")), "plan")
+        known = read(PlanRecord, json.loads(path.read_text(encoding="utf-8")), "plan")
+        require(known.component == plan.stem, f"it is the {known.component}'s")
+        return known
     except FileNotFoundError as error:
         raise UserError(f"{plan} is missing; build the target") from error
     except (UserError, OSError, UnicodeDecodeError, RecursionError, json.JSONDecodeError) as error:
@@ -215,42 +258,53 @@ class Plan:
     record: PlanRecord
 
 
-def find_plans(bundle: Bundle, kind: str, compiler: Compiler, architecture: str) -> dict[str, Plan]:
+def find_plans(bundle: Bundle, kind: str, compiler: Compiler, architecture: str, gpu: str) -> dict[str, Plan]:
     """A plan of every component that this release of a compiler built, from this bundle, for a GPU.
 
     Where several are, the narrowest. Raises UserError that names the components without one, and why.
     """
-    there: dict[str, list[Plan]] = {name: [] for name in bundle.manifest.components}
-    for path in sorted((bundle.folder / FOLDER).glob(f"{kind}-*/*.json")):
-        known = read_record(path)
-        if known.component in there:
-            there[known.component].append(Plan(path.with_suffix(".plan"), known))
     found, problems = {}, {}
-    for name, plans in there.items():
-        plans.sort(key=lambda plan: (PRECISIONS[plan.record.target.precision], plan.record.target.precision))
-        told = [(plan, _problem(bundle, plan, compiler, architecture)) for plan in plans]
-        usable = [plan for plan, problem in told if problem is None]
+    for name in bundle.manifest.components:
+        usable, reasons = list[Plan](), list[str]()
+        for path in sorted((bundle.folder / FOLDER).glob(f"{kind}-*/{name}.json")):
+            try:
+                plan = Plan(path.with_suffix(".plan"), read_record(path))
+            except UserError as error:
+                reasons.append(str(error))
+                continue
+            problem = _problem(bundle, plan, compiler, architecture, gpu)
+            if problem is None:
+                usable.append(plan)
+            else:
+                reasons.append(problem)
         if usable:
-            found[name] = usable[0]
+            found[name] = min(usable, key=_width)
         else:
-            problems[name] = told[0][1] if told else "none was built"
+            problems[name] = ", ".join(reasons) or "none was built"
     if problems:
-        reasons = "; ".join(sorted({str(problem) for problem in problems.values()}))
+        told = "; ".join(sorted(set(problems.values())))
         raise UserError(
-            f"the bundle has no {kind} plan of {', '.join(problems)} for {architecture} ({reasons}); "
+            f"the bundle has no {kind} plan of {', '.join(problems)} for {architecture} ({told}); "
             f"build the target {kind}:{architecture}"
         )
     return found
 
 
-def _problem(bundle: Bundle, plan: Plan, compiler: Compiler, architecture: str) -> str | None:
+def _width(plan: Plan) -> tuple[float, str]:
+    precision = plan.record.target.precision
+    return PRECISIONS[precision], precision
+
+
+def _problem(bundle: Bundle, plan: Plan, compiler: Compiler, architecture: str, gpu: str) -> str | None:
     """Why a plan is not to be loaded, None where it is."""
     known, folder = plan.record, plan.path.parent.name
     if architecture not in known.target.architectures:
         return f"{folder} is for {', '.join(known.target.architectures)}"
+    if known.target.compiler == "tensorrt" and known.target.gpu != gpu:
+        return f"{folder} was built on {known.target.gpu}, this is {gpu}"
     if known.compiler != compiler:
         built, here = (f"{each.name} {each.version}" for each in (known.compiler, compiler))
         return f"{folder} was built by {built}, installed is {here}"
-    if known.key != plan_key(bundle, known.component, known.target, known.compiler, known.profiles, known.budget):
+    if known.key != _own_key(bundle, known):
         return f"{folder} was built from another graph, other weights or profiles: its key differs"
     return None

@@ -33,7 +33,7 @@ def require_positive(instance: Any, where: str, but: Collection[str] = ()) -> No
 
 
 def read(kind: type[T], value: Any, where: str) -> T:
-    """Converts a parsed value to `kind`; every field of a dataclass must be there, and no other."""
+    """Converts a parsed value to `kind`; every field of a dataclass without a default must be there, and no other."""
     return typing.cast(T, _read(kind, value, where))
 
 
@@ -71,7 +71,9 @@ def _read(kind: Any, value: Any, where: str) -> Any:
 def _read_dataclass(kind: Any, value: Any, where: str) -> Any:
     require(isinstance(value, dict), f"{where} must be an object, is {value!r}")
     hints = typing.get_type_hints(kind)
-    names = {field.name for field in dataclasses.fields(kind)}
-    missing, unknown = sorted(names - set(value)), sorted(set(value) - names)
-    require(not missing and not unknown, f"{where} lacks {missing or 'nothing'} and has unknown {unknown or 'nothing'}")
+    fields = dataclasses.fields(kind)
+    needed = {field.name for field in fields if field.default is dataclasses.MISSING}
+    missing, unknown = sorted(needed - set(value)), sorted(set(value) - {field.name for field in fields})
+    problems = [f"lacks {missing}"] * bool(missing) + [f"has unknown {unknown}"] * bool(unknown)
+    require(not problems, f"{where} {' and '.join(problems)}")
     return kind(**{name: _read(hints[name], value[name], f"{where}.{name}") for name in value})

@@ -137,7 +137,7 @@ def _open_plans(bundle: Bundle, target: str) -> tuple[Engines, str]:
     session = Session(CudaDevice())
     try:
         device = session.device
-        plans = find_plans(bundle, target, compiler_of(module), device.architecture)
+        plans = find_plans(bundle, target, compiler_of(module), device.architecture, device.name)
         components = bundle.manifest.components
         footprints = {name: footprint(components[name], plan.record) for name, plan in plans.items()}
         residency = plan_residency(footprints, device.memory(), device.name)

@@ -17,6 +17,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from .bundle import Component, Extents, extents, sizes
+from .compiler_log import make_logger
 from .dtypes import DTYPES, from_plan, to_float, to_plan
 from .errors import UserError
 from .kernel_cache import KernelCache
@@ -27,6 +28,7 @@ from .session import Session
 
 Value = NDArray[Any] | DeviceArray
 MODULES = {"rtx": "tensorrt_rtx", "tensorrt": "tensorrt"}
+EXTRAS = {"rtx": "rtx", "tensorrt": "gpu"}  # which bring cuda-python too
 
 
 def load_module(kind: str) -> ModuleType:
@@ -35,7 +37,7 @@ def load_module(kind: str) -> ModuleType:
     try:
         return import_module(name)
     except ImportError as error:
-        raise UserError(f"{name} is not installed ({error}); pip install '{name.replace('_', '-')}'") from error
+        raise UserError(f"{name} is not installed ({error}); install tubelet with its extra {EXTRAS[kind]}") from error
 
 
 def compiler_of(module: ModuleType) -> Compiler:
@@ -47,7 +49,7 @@ class TensorRt:
 
     def __init__(self, module: ModuleType, session: Session):
         self.module, self.session = module, session
-        self._logger = _logger(module)
+        self._logger = make_logger(module)
         self._native = module.Runtime(self._logger)
 
     def load(self, plan: Plan, component: Component, resident: frozenset[str]) -> TensorRtEngine:
@@ -66,8 +68,7 @@ class TensorRt:
 
     def problems(self) -> str:
         """What was logged as wrong since the last time."""
-        errors, self._logger.errors = self._logger.errors, []
-        return "; ".join(errors) or "no reason given"
+        return str(self._logger.problems())
 
 
 class TensorRtEngine:
@@ -207,18 +208,3 @@ class Execution:
         self.reserve()
         queued = self._context.execute_async_v3(self._runtime.session.stream.handle)
         self._runtime.accept(queued, f"running the {self._name}")
-
-
-def _logger(trt: Any) -> Any:
-    class Logger(trt.ILogger):
-        """Keeps what went wrong."""
-
-        def __init__(self) -> None:
-            super().__init__()
-            self.errors: list[str] = []
-
-        def log(self, severity: Any, message: str) -> None:
-            if severity <= trt.ILogger.ERROR:
-                self.errors.append(message)
-
-    return Logger()

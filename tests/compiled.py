@@ -9,10 +9,11 @@ from tubelet.runtime.plans import COMPILERS, Target
 from tubelet.runtime.profiles import Profiles
 
 TARGET = Target("rtx", COMPILERS["rtx"], "fp16")
-TRAFFIC = "[[shape]]\nwidth = 64\nheight = 64\nframes = 9\nbatch = 1\nshare = 1\n"
+TRAFFIC = "[[shape]]\nwidth = 64\nheight = 64\nframes = 9\nshare = 1\n"
 MAX_PROFILES = 1
+MEMORY_GB = 16  # of the smallest GPU
 
 
 def profiles(bundle: Bundle, frames: int = 9) -> Profiles:
     """Those of TRAFFIC, or of another number of frames."""
-    return choose(bundle.spec, [Shape(64, 64, frames, 1, 1.0)], MAX_PROFILES).profiles
+    return choose(bundle.spec, [Shape(64, 64, frames, 1.0)], MAX_PROFILES).profiles

@@ -12,7 +12,7 @@ import sys
 from pathlib import Path
 
 import pytest
-from compiled import TARGET, profiles
+from compiled import MEMORY_GB, TARGET, profiles
 from fake_device import load_cuda_host
 
 from tubelet.export.engines import build_engines
@@ -59,7 +59,7 @@ def cuda_host(tmp_path_factory: pytest.TempPathFactory) -> ctypes.CDLL:
 def compiled(tmp_path_factory: pytest.TempPathFactory) -> Bundle:
     """The embedded bundle with real plans of all components, in a folder of its own; tests leave it as it is."""
     bundle = Bundle.open(shutil.copytree(EMBEDDED, tmp_path_factory.mktemp("compiled") / "bundle"))
-    build_engines(bundle, TARGET, profiles(bundle), workers=2)
+    build_engines(bundle, TARGET, profiles(bundle), workers=2, memory_gb=MEMORY_GB)
     return bundle
 
 

@@ -32,6 +32,7 @@ FILES: dict[str, Mapping[str, str]] = {  # by variable: the type of what is not 
         "_context": "IExecutionContext",
     },
     "runtime/kernel_cache.py": {"config": "IRuntimeConfig", "cache": "IRuntimeCache", "_cache": "IRuntimeCache"},
+    "runtime/compiler_log.py": {},
     "export/compile.py": {"builder": "Builder", "network": "INetworkDefinition"},
 }
 

@@ -18,11 +18,12 @@ import time
 from collections.abc import Callable
 from multiprocessing import Pipe
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import onnx_ir as ir
 import pytest
-from compiled import MAX_PROFILES, TARGET, TRAFFIC, profiles
+from compiled import MAX_PROFILES, MEMORY_GB, TARGET, TRAFFIC, profiles
 from rich.console import Console
 
 from tubelet.export import compile_process, engines
@@ -45,9 +46,10 @@ from tubelet.runtime.plans import (
     plan_key,
     plan_path,
     read_record,
-    records,
+    states,
 )
 from tubelet.runtime.profiles import Range
+from tubelet.runtime.residency import RESERVED
 
 COMPONENTS = tuple(Bundle.open(EMBEDDED).manifest.components)
 SMALL = ("text_encoder", "conditioner", "captioner_memory", "vae_encoder_first")  # the quickest to build
@@ -61,12 +63,14 @@ def build(bundle: Bundle, *components: str, frames: int = 9, **options: Any) -> 
     def on_built(record: PlanRecord, was_kept: bool) -> None:
         kept[record.component] = was_kept
 
-    build_engines(bundle, TARGET, {name: wanted[name] for name in components}, 2, on_built=on_built, **options)
+    build_engines(
+        bundle, TARGET, {name: wanted[name] for name in components}, 2, MEMORY_GB, on_built=on_built, **options
+    )
     return kept
 
 
 def test_every_component_has_a_plan_for_every_architecture(compiled: Bundle) -> None:
-    assert {record.component for record in records(compiled)} == set(COMPONENTS)
+    assert [state.path.stem for state in states(compiled) if state.problem is None] == sorted(COMPONENTS)
     for component in COMPONENTS:
         plan = plan_path(compiled, TARGET, component).read_bytes()
         record = installed(compiled, component, TARGET, profiles(compiled)[component])
@@ -135,6 +139,7 @@ def test_other_traffic_builds_again_what_depends_on_it(compiled_copy: Bundle) ->
 def test_the_command_says_what_it_built(tubelet: Callable[..., Any], compiled: Bundle, tmp_path: Path) -> None:
     (tmp_path / "traffic.toml").write_text(TRAFFIC)
     arguments = ("--target", str(TARGET), "--precision", "fp16", "--traffic", "traffic.toml", "--max-profiles", "1")
+    arguments = (*arguments, "--memory", str(MEMORY_GB))
 
     result = tubelet("build", str(compiled.folder), *arguments)
     assert result.code == 0, result.err
@@ -162,16 +167,79 @@ def test_inspect_shows_the_plans(tubelet: Callable[..., Any], compiled: Bundle) 
     assert "rtx" not in tubelet("inspect").out
 
 
+def test_inspect_says_what_is_wrong_with_a_plan(tubelet: Callable[..., Any], compiled_copy: Bundle) -> None:
+    truncated, unreadable = (plan_path(compiled_copy, TARGET, component) for component in SMALL[:2])
+    truncated.write_bytes(truncated.read_bytes()[:-1])
+    unreadable.with_suffix(".json").write_text("{")
+    (compiled_copy.folder / "engines" / "notes").mkdir()
+    (compiled_copy.folder / "engines" / "notes" / "other.json").write_text("{}")
+
+    shown = tubelet("inspect", str(compiled_copy.folder))
+    assert shown.code == 0 and shown.out.count(" good ") == len(COMPONENTS) - 2 and shown.out.count(" bad ") == 3
+    assert f"{truncated} is damaged" in shown.out
+    assert read_record(truncated).key[:16] in shown.out and read_record(truncated).compiler.version in shown.out
+    told = json.loads(tubelet("inspect", str(compiled_copy.folder), "--json").out)["plans"]
+    problems = {plan["component"]: plan["problem"] for plan in told if plan["problem"]}
+    assert problems.keys() == {*SMALL[:2], "other"}
+    assert "is damaged" in problems[SMALL[0]] and "is not usable" in problems[SMALL[1]]
+
+
 def test_a_budget_that_is_too_small_is_an_error(
     tubelet: Callable[..., Any], embedded_copy: Path, tmp_path: Path
 ) -> None:
     (tmp_path / "traffic.toml").write_text(TRAFFIC)
     arguments = ("--target", "rtx:sm86", "--traffic", "traffic.toml", "--component", "conditioner")
-
-    result = tubelet("build", str(embedded_copy), *arguments, "--memory", "0.001")
+    bundle = Bundle.open(embedded_copy)
+    weights = sum(bundle.manifest.components[name].parameters * 2 for name in ("text_encoder", "conditioner"))
+    result = tubelet("build", str(embedded_copy), *arguments, "--memory", f"{(weights + RESERVED) / 10**9 + 0.001:.9f}")
     assert result.code == 2
     assert "the compiler refused conditioner within 1,000,000 bytes for activations: " in result.err
-    assert not [path for path in (embedded_copy / FOLDER).rglob("*") if path.is_file()]
+    assert not [path for path in (embedded_copy / FOLDER).rglob("*") if path.is_file() and path.name != LOCK]
+
+
+def test_a_memory_that_cannot_hold_the_weights_is_an_error(
+    tubelet: Callable[..., Any], embedded_copy: Path, tmp_path: Path
+) -> None:
+    (tmp_path / "traffic.toml").write_text(TRAFFIC)
+    result = tubelet(
+        "build", str(embedded_copy), "--target", "rtx:sm86", "--traffic", "traffic.toml", "--memory", "0.01"
+    )
+    assert result.code == 2
+    assert "a GPU of 0.01 GB cannot hold the text encoder: its weights take 0.0 GB, and 0.5 GB are kept" in result.err
+    assert not (embedded_copy / FOLDER).exists()
+
+
+def test_traffic_that_is_outside_is_told_after_building(
+    tubelet: Callable[..., Any], compiled: Bundle, tmp_path: Path
+) -> None:
+    (tmp_path / "traffic.toml").write_text(TRAFFIC + TRAFFIC.replace("width = 64", "width = 65"))
+    arguments = ("--target", str(TARGET), "--precision", "fp16", "--traffic", "traffic.toml", "--max-profiles", "1")
+
+    result = tubelet("build", str(compiled.folder), *arguments, "--memory", str(MEMORY_GB))
+    assert result.code == 1
+    assert result.err.count("up to date") == len(COMPONENTS) and "outside: 65x64 with 9 frames, 50.0%" in result.err
+
+
+H100 = SimpleNamespace(name="NVIDIA H100 80GB HBM3", architecture="sm90")
+
+
+def test_tensorrt_builds_for_the_gpu_at_hand_alone(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its name is in the target then, and so in the plan's folder, record and key."""
+    monkeypatch.setattr(engines, "CudaDevice", lambda: contextlib.nullcontext(H100))
+    asked = list[Target]()
+    monkeypatch.setattr(engines, "load_module", lambda kind: SimpleNamespace(__name__=kind, __version__="11.0"))
+    monkeypatch.setattr(engines, "_build", lambda bundle, jobs, *_: asked.extend(job.target for job in jobs) or [])
+    monkeypatch.setattr(Path, "mkdir", lambda *_, **__: None)
+    bundle = Bundle.open(EMBEDDED)
+    wanted = {"conditioner": profiles(bundle)["conditioner"]}
+
+    build_engines(bundle, Target("tensorrt", ("sm90",), "bf16"), wanted, 1)
+    assert asked == [Target("tensorrt", ("sm90",), "bf16", H100.name)]
+    assert asked[0].name == "tensorrt-sm90-NVIDIA_H100_80GB_HBM3-bf16"
+    with pytest.raises(
+        UserError, match=r"tensorrt:sm100 must be built on such a GPU, this machine's is NVIDIA H100 .*, sm90"
+    ):
+        build_engines(bundle, Target("tensorrt", ("sm100",), "bf16"), wanted, 1)
 
 
 @pytest.mark.parametrize("memory", ["inf", "nan", "1e12", "0", "-1"])
@@ -186,6 +254,11 @@ def test_a_memory_that_no_gpu_has_is_named(tubelet: Callable[..., Any], tmp_path
     [
         (("--target", "rtx:sm70"), "rtx does not build for 'sm70'; it builds for sm75, sm80, sm86, sm89, sm120, sm121"),
         (("--target", "rtx:sm90"), "rtx does not build for 'sm90'"),
+        (
+            ("--target", "tensorrt:sm75"),
+            "tensorrt does not build for 'sm75'; it builds for sm80, sm86, sm89, sm90, sm100",
+        ),
+        (("--target", "tensorrt:sm90,sm100"), "tensorrt builds for one architecture at a time, not for sm90,sm100"),
         (("--target", "rtx:sm89,sm86"), "architectures sm89,sm86 must be given once each and in the order"),
         (("--target", "rtx"), "architectures (none) must be given once each"),
         (("--target", "openvino:cpu"), "compiler 'openvino' is not one of rtx, tensorrt"),
@@ -205,7 +278,7 @@ def test_a_wrong_argument_is_named(
 
 def test_a_missing_compiler_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "tensorrt_rtx", None)
-    with pytest.raises(UserError, match=r"tensorrt_rtx is not installed \(.*\); pip install 'tensorrt-rtx'"):
+    with pytest.raises(UserError, match=r"tensorrt_rtx is not installed \(.*\); install tubelet with its extra rtx"):
         build(Bundle.open(EMBEDDED), "conditioner")
 
 
@@ -327,7 +400,7 @@ def test_what_goes_wrong_in_the_process_is_told_as_it_is(
     ours.send(JOB)
     monkeypatch.setattr(compile_process, "compile_component", fail)
     monkeypatch.setattr(compile_process, "be_killed_with_parent", lambda: None)
-    monkeypatch.setattr(sys, "argv", ["", str(theirs.fileno())])
+    monkeypatch.setattr(sys, "argv", ["", str(os.dup(theirs.fileno()))])
     compile_process.main()
     told = ours.recv()
     assert isinstance(told, CompilerError) and str(told).endswith(message)
@@ -349,7 +422,9 @@ def test_one_refusal_stops_no_other_plan(embedded_copy: Path) -> None:
     bundle, names = Bundle.open(embedded_copy), ("conditioner", "text_encoder", "captioner_memory")
     wanted = {name: profiles(bundle)[name] for name in names}
     with pytest.raises(CompilerError, match="that built text_encoder ended with code -9"):
-        build_engines(bundle, TARGET, wanted, 2, on_event=kill, on_built=lambda r, kept: built.append(r.component))
+        build_engines(
+            bundle, TARGET, wanted, 2, MEMORY_GB, on_event=kill, on_built=lambda r, kept: built.append(r.component)
+        )
     assert set(built) == {"conditioner", "captioner_memory"}
 
 
@@ -389,6 +464,10 @@ def test_every_part_of_a_key_counts(compiled: Bundle) -> None:
         plan_key(compiled, "conditioner", TARGET, Compiler("tensorrt_rtx", "2"), wanted, None),
         plan_key(compiled, "conditioner", TARGET, compiler, [*wanted, *wanted], None),
         plan_key(compiled, "conditioner", TARGET, compiler, wanted, 10**9),
+        *(
+            plan_key(compiled, "conditioner", Target("tensorrt", ("sm90",), "fp16", gpu), compiler, wanted, None)
+            for gpu in ("NVIDIA H100 80GB HBM3", "NVIDIA H200")
+        ),
     ]
     assert len(set(keys)) == len(keys)
 

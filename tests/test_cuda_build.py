@@ -91,6 +91,22 @@ def moves_16_bytes(symbol: str) -> bool:
     return int(bits) * int(count) == 128
 
 
+@pytest.mark.parametrize(("release", "built"), [("12.4", False), ("12.8", True), ("13.0", True)])
+def test_an_older_cuda_is_passed_over(tmp_path: Path, release: str, built: bool) -> None:
+    if shutil.which("cmake") is None:
+        pytest.skip("cmake is not installed")
+    nvcc = tmp_path / "nvcc"
+    nvcc.write_text(f"#!/bin/sh\necho 'Cuda compilation tools, release {release}, V{release}.1'\n")
+    nvcc.chmod(0o755)
+
+    command = ["cmake", "-S", str(ROOT), "-B", str(tmp_path / "build"), f"-DTUBELET_NVCC={nvcc}"]
+    told = subprocess.run(command, check=True, text=True, capture_output=True).stdout
+    assert (f"{nvcc} is of CUDA {release}; sm_120 needs 12.8 or later" in told) != built
+    assert ("built without CUDA kernels" in told) != built
+    made = (tmp_path / "build").rglob("*tubelet_fatbin*")
+    assert bool(list(made)) == built
+
+
 def test_the_extension_links_to_no_cuda_library() -> None:
     assert b"libcud" not in Path(_kernels.__file__).read_bytes()
 

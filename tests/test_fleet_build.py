@@ -22,10 +22,13 @@ from tubelet.export.fleet_build import build_fleet, orders
 from tubelet.export.fleet_check import check_fleet
 from tubelet.runtime import Bundle
 from tubelet.runtime.plans import Target, plan_key, plan_path, read_record, write_record
+from tubelet.runtime.residency import PARTS, RESERVED, footprint
 
 SKU = "[[sku]]\nname = '{}'\narchitecture = '{}'\nmemory_gb = {}\ncount = 2\nprecision = '{}'\n"
 SERVED = "".join(SKU.format(f"card-{name}", name, 16, "fp16") for name in TARGET.architectures)
-H100 = SKU.format("H100", "sm90", 80, "fp16")
+H100 = SKU.format("H100", "sm90", 80, "fp16") + "gpu = 'NVIDIA H100 80GB HBM3'\n"
+H200 = SKU.format("H200", "sm90", 141, "fp16") + "gpu = 'NVIDIA H200'\n"
+ON_H100, ON_H200 = (Target("tensorrt", ("sm90",), "fp16", gpu) for gpu in ("NVIDIA H100 80GB HBM3", "NVIDIA H200"))
 
 
 @pytest.fixture
@@ -54,7 +57,7 @@ def as_built_elsewhere(planned: FleetPlan, target: Target) -> None:
             plan.parent.mkdir(exist_ok=True)
             shutil.copyfile(source, plan)
             known = read_record(source)
-            key = plan_key(bundle, component, target, known.compiler, profiles, None)
+            key = plan_key(bundle, component, target, known.compiler, profiles, known.budget)
             write_record(plan, dataclasses.replace(known, key=key, target=target))
 
 
@@ -83,22 +86,56 @@ def test_what_is_missing_is_built_here(folder: Path) -> None:
 def test_other_machines_get_a_shell_line_until_their_plans_are_there(folder: Path) -> None:
     planned = fleet(folder, SERVED + H100)
     (rest,) = build_fleet(planned, 2)
-    line = "tubelet build compiled --target tensorrt:sm90 --precision fp16 --traffic traffic.toml --max-profiles 1"
-    assert rest.command == f"{line}  # on H100"
+    line = "tubelet build compiled --target tensorrt:sm90 --precision fp16 --memory 80 --traffic traffic.toml"
+    line += " --max-profiles 1"
+    assert rest.command == f"{line}  # on NVIDIA H100 80GB HBM3"
     assert {hole.skus for hole in check_fleet(planned)} == {("H100",)}
 
-    elsewhere = Target("tensorrt", ("sm90",), "fp16")
-    as_built_elsewhere(planned, elsewhere)
+    as_built_elsewhere(planned, ON_H100)
     assert build_fleet(planned, 2) == [] and check_fleet(planned) == []
 
-    plan_of(planned, "denoiser", elsewhere).unlink()
+    plan_of(planned, "denoiser", ON_H100).unlink()
     (rest,) = build_fleet(planned, 2)
-    assert rest.command == f"{line} --component denoiser  # on H100"
+    assert rest.command == f"{line} --component denoiser  # on NVIDIA H100 80GB HBM3"
+
+
+def test_gpus_of_one_architecture_have_plans_of_their_own(folder: Path) -> None:
+    planned = fleet(folder, SERVED + H100 + H200)
+    as_built_elsewhere(planned, ON_H100)
+    (rest,) = build_fleet(planned, 2)
+    assert rest.order.target == ON_H200 and {hole.skus for hole in check_fleet(planned)} == {("H200",)}
+
+
+def test_gpus_of_one_name_share_their_plans(folder: Path) -> None:
+    planned = fleet(folder, SERVED + H100 + H100.replace("'H100'", "'H100-spot'").replace("80\n", "40\n"))
+    (rest,) = build_fleet(planned, 2)
+    assert rest.command is not None and " --memory 40 " in rest.command
+    assert {hole.skus for hole in check_fleet(planned)} == {("H100", "H100-spot")}
+
+
+def test_plans_of_two_releases_are_a_hole(folder: Path) -> None:
+    planned = fleet(folder, SERVED)
+    plan = plan_of(planned, "denoiser")
+    known = read_record(plan)
+    older = dataclasses.replace(known.compiler, version="1.0")
+    key = plan_key(planned.bundles["compiled"], "denoiser", TARGET, older, known.profiles, known.budget)
+    write_record(plan, dataclasses.replace(known, compiler=older, key=key))
+
+    holes = check_fleet(planned)
+    assert [hole.skus for hole in holes] == [(sku.name,) for sku in planned.fleet.sku]
+    reason = f"its plans are of tensorrt_rtx 1.0, tensorrt_rtx {known.compiler.version}; build all with one release"
+    assert {hole.reason for hole in holes} == {reason}
+
+
+def test_a_plan_of_another_budget_serves_if_it_fits(folder: Path) -> None:
+    """What counts is the memory that was measured."""
+    planned = fleet(folder, SERVED.replace("memory_gb = 16", "memory_gb = 24"))
+    assert check_fleet(planned) == []
 
 
 def test_a_precision_that_cannot_be_built_yet_is_a_hole(folder: Path) -> None:
-    planned = fleet(folder, SERVED + SKU.format("H200", "sm90", 141, "fp8"))
-    as_built_elsewhere(planned, Target("tensorrt", ("sm90",), "bf16"))
+    planned = fleet(folder, SERVED + H200.replace("fp16", "fp8"))
+    as_built_elsewhere(planned, dataclasses.replace(ON_H200, precision="bf16"))
     (rest,) = build_fleet(planned, 2)
     assert (rest.reason, rest.command) == ("fp8 plans cannot be built yet", None)
     assert tuple(rest.order.profiles) == ("denoiser",)
@@ -109,6 +146,7 @@ def test_what_the_compiler_refuses_is_left_and_the_others_are_built(
     folder: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     planned = fleet(folder, SERVED + SKU.format("A100", "sm80", 80, "bf16"))
+    plan_of(planned, "denoiser").unlink()
     asked = []
 
     def build(bundle: Bundle, target: Target, *rest: object) -> None:
@@ -120,6 +158,7 @@ def test_what_the_compiler_refuses_is_left_and_the_others_are_built(
     (rest,) = build_fleet(planned, 2)
     assert asked == [TARGET, Target("rtx", ("sm80",), "bf16")]
     assert (rest.order.target, rest.reason, rest.command) == (TARGET, "denoiser: no", None)
+    assert tuple(rest.order.profiles) == ("denoiser",)
 
 
 @pytest.mark.parametrize(
@@ -150,18 +189,20 @@ def test_other_traffic_is_a_hole(folder: Path) -> None:
 
 
 def test_what_does_not_fit_by_measure_is_a_hole(folder: Path) -> None:
+    """As the runtime finds before it loads them: by parts, one at a time."""
     planned = fleet(folder, SERVED)
     bundle = planned.bundles["compiled"]
-    measured = {name: read_record(plan_of(planned, name)).measured for name in bundle.manifest.components}
-    weights = sum(each.weights_bytes for each in measured.values())
-    needs = {name: weights + each.activation_bytes[0] for name, each in measured.items()}
-    most = max(needs, key=needs.__getitem__)
+    components = bundle.manifest.components
+    takes = {name: footprint(components[name], read_record(plan_of(planned, name))) for name in components}
+    needs = RESERVED + max(
+        sum(takes[name].weights + takes[name].buffers for name in part) + max(takes[name].scratch for name in part)
+        for part in PARTS.values()
+    )
 
-    below = (needs[most] - 1) / 10**9
-    (hole,) = check_fleet(fleet(folder, SERVED + SKU.format("small", "sm86", below, "fp16")))
-    assert (hole.component, hole.skus) == (most, ("small",))
-    assert hole.reason == f"profile 0 takes {needs[most]:,} bytes, the machine has {below:g} GB"
-    assert not check_fleet(fleet(folder, SERVED + SKU.format("small", "sm86", (needs[most] + 1) / 10**9, "fp16")))
+    (hole,) = check_fleet(fleet(folder, SERVED + SKU.format("small", "sm86", (needs - 1) / 10**9, "fp16")))
+    assert (hole.component, hole.skus) == (None, ("small",))
+    assert re.match(r"the [\w ]+ alone needs .* GiB, small has .* GiB to spare; ", hole.reason)
+    assert not check_fleet(fleet(folder, SERVED + SKU.format("small", "sm86", needs / 10**9, "fp16")))
 
 
 def test_the_commands_tell_scripts_by_their_exit_codes(tubelet: Callable[..., Any], folder: Path) -> None:
@@ -171,10 +212,10 @@ def test_the_commands_tell_scripts_by_their_exit_codes(tubelet: Callable[..., An
     assert checked.code == 0 and "9 plans serve all 54 cells" in checked.out
 
     fleet(folder, SERVED + H100)
-    built = tubelet("fleet", "build", "fleet.toml")
+    built = tubelet("fleet", "build", ".")
     assert built.code == 1
     assert built.out.startswith("tubelet build compiled --target tensorrt:sm90") and built.out.count("\n") == 1
-    assert "not built: compiled tensorrt-sm90-fp16 text_encoder, " in built.err
+    assert f"not built: compiled {ON_H100.name} text_encoder, " in built.err
     checked = tubelet("fleet", "check", "fleet.toml")
     assert checked.code == 1 and checked.out.count(" on H100: ") == 9
 
@@ -186,3 +227,5 @@ def test_traffic_outside_fails_the_check(tubelet: Callable[..., Any], folder: Pa
     fleet(folder, SERVED)
     checked = tubelet("fleet", "check", ".")
     assert checked.code == 1 and "outside compiled: 65x64 with 9 frames" in checked.out
+    built = tubelet("fleet", "build", ".")
+    assert built.code == 1 and built.out == "" and "outside compiled: 65x64 with 9 frames" in built.err

@@ -5,6 +5,7 @@ pytest tests/test_precision.py
 
 from __future__ import annotations
 
+import hashlib
 import shutil
 from pathlib import Path
 
@@ -17,6 +18,7 @@ from tubelet.export.precision import FLOAT, PRECISE, TYPES, lower
 from tubelet.runtime import EMBEDDED, Bundle
 from tubelet.runtime.bundle import WEIGHTS
 from tubelet.runtime.engines import OnnxRuntimeEngine
+from tubelet.runtime.plans import LOWERING
 from tubelet.runtime.schedule import time_features
 
 NARROW = ("bf16", "fp16")
@@ -133,3 +135,13 @@ def example(component: str) -> dict[str, np.ndarray]:
                 np.arange(inputs[name].size, dtype=np.float32)
             ).reshape(size)
     return inputs
+
+
+def test_the_version_of_the_rules_goes_with_the_rules() -> None:
+    """Plans that are there are kept as long as LOWERING stays: who changes what graphs become must raise it."""
+    digest = hashlib.sha256()
+    for component in COMPONENTS:
+        for node in lower(graph_of(component), "bf16").model.graph:
+            types = [str(value and value.dtype) for value in (*node.inputs, *node.outputs)]
+            digest.update(" ".join([node.op_type, *sorted(node.attributes), *types, "\n"]).encode())
+    assert {LOWERING: digest.hexdigest()[:16]} == {1: "c3267deaf1dc0863"}

@@ -30,10 +30,10 @@ from tubelet.runtime.targets import HostEngines
 SPEC = Bundle.open(EMBEDDED).spec
 
 legal_shapes = st.builds(
-    lambda columns, rows, k, batch, share: Shape(16 * columns, 16 * rows, 1 + 4 * k, batch, share),
-    *(st.integers(1, 8), st.integers(1, 8), st.integers(0, 16), st.integers(1, 4), st.floats(0.01, 100)),
+    lambda columns, rows, k, share: Shape(16 * columns, 16 * rows, 1 + 4 * k, share),
+    *(st.integers(1, 8), st.integers(1, 8), st.integers(0, 16), st.floats(0.01, 100)),
 )
-traffics = st.lists(legal_shapes, min_size=1, max_size=8).map(lambda shapes: [Shape(64, 64, 33, 1, 1.0), *shapes])
+traffics = st.lists(legal_shapes, min_size=1, max_size=8).map(lambda shapes: [Shape(64, 64, 33, 1.0), *shapes])
 
 
 @settings(deadline=None)
@@ -45,7 +45,7 @@ def test_every_shape_is_covered_or_outside(traffic: list[Shape], limit: int) -> 
     assert len(choice.served) + len(choice.outside) == len(traffic)
     for served in choice.served:
         tokens, (_, h, w) = served.geometry.tokens, served.geometry.latent
-        for rows in (1, 2 * served.shape.batch):  # one request without guidance, all of them with it
+        for rows in (1, 2):  # without guidance and with it
             assert select(choice.profiles["denoiser"], {"B": rows, "N": tokens, "L": 16}) is not None
             assert select(choice.profiles["conditioner"], {"B": rows, "L": 16}) is not None
         for component in ("vae_decoder", "vae_encoder"):
@@ -113,17 +113,11 @@ def test_the_cost_is_that_of_the_denoisers_matrix_products(spec: ModelSpec) -> N
 
 
 def test_few_requests_share_a_profile_and_many_get_their_own() -> None:
-    shapes = [Shape(64, 64, frames, 1, share) for frames, share in ((9, 1), (13, 1), (33, 98), (65, 1))]
+    shapes = [Shape(64, 64, frames, share) for frames, share in ((9, 1), (13, 1), (33, 98), (65, 1))]
     profiles = choose(SPEC, shapes, 2).profiles["denoiser"]
 
     assert [profile["N"] for profile in profiles] == [Range(48, 144, 144), Range(145, 272, 272)]
     assert [profile["B"] for profile in profiles] == [Range(1, 2, 2)] * 2  # the model's default is guided
-
-
-def test_a_profiles_batch_is_that_of_its_own_shapes() -> None:
-    profiles = choose(SPEC, [Shape(64, 64, 9, 8, 1.0), Shape(128, 128, 33, 1, 1.0)], 2).profiles
-    assert [profile["B"].max for profile in profiles["denoiser"]] == [16, 2]
-    assert [profile["B"].max for profile in profiles["text_encoder"]] == [16]
 
 
 def test_the_nearest_optimum_takes_a_run() -> None:
@@ -159,7 +153,7 @@ def test_the_nearest_shape_is_legal_and_inside(
     ],
 )
 def test_the_picture_is_kept_before_the_duration(asked: tuple[int, int, int], expected: tuple[int, int, int]) -> None:
-    traffic = [Shape(96, 64, 33, 1, 1.0), Shape(64, 80, 9, 1, 1.0), Shape(96, 64, 5, 1, 1.0)]
+    traffic = [Shape(96, 64, 33, 1.0), Shape(64, 80, 9, 1.0), Shape(96, 64, 5, 1.0)]
     found = nearest(SPEC, choose(SPEC, traffic, 3).profiles, *asked)
     assert (found.width, found.height, found.frames) == expected
 
@@ -174,7 +168,7 @@ def test_nothing_is_nearest_where_nothing_is_inside() -> None:
 
 def test_every_run_of_the_pipeline_is_inside_one_profile(pipeline: Pipeline) -> None:
     bundle = pipeline.bundle
-    shapes = component_profiles(bundle.manifest, [Shape(48, 64, 29, 2, 1.0), Shape(64, 64, 21, 1, 3.0)], 2)
+    shapes = component_profiles(bundle.manifest, [Shape(48, 64, 29, 1.0), Shape(64, 64, 21, 3.0)], 2)
     runs: list[tuple[str, dict[str, tuple[int, ...]]]] = []
     engines = {name: _Recorder(pipeline.engines[name], name, runs) for name in bundle.manifest.components}
     recorded = Pipeline(bundle, HostEngines(engines.__getitem__), pipeline.target)
@@ -214,16 +208,20 @@ class _Recorder:
         self.runs.append((self.name, {port: array.shape for port, array in inputs.items()}))
 
 
-SHAPE = "[[shape]]\nwidth = 64\nheight = 64\nframes = 33\nbatch = 1\nshare = 3\n"
+SHAPE = "[[shape]]\nwidth = 64\nheight = 64\nframes = 33\nshare = 3\n"
 
 
 def test_traffic_reads_seconds_and_normalises_shares(tmp_path: Path, spec: ModelSpec) -> None:
     file = tmp_path / "traffic.toml"
     file.write_text(SHAPE + SHAPE.replace("frames = 33", "seconds = 1").replace("= 3", "= 1.0"))
-    assert read_traffic(file, spec) == (Shape(64, 64, 33, 1, 0.75), Shape(64, 64, 25, 1, 0.25))
+    assert read_traffic(file, spec) == (Shape(64, 64, 33, 0.75), Shape(64, 64, 25, 0.25))
 
     file.write_text(SHAPE.replace("frames = 33", "seconds = 1\nfps = 8"))
     assert [shape.frames for shape in read_traffic(file, spec)] == [9]
+
+    plainest = SHAPE.replace("share = 3\n", "")
+    file.write_text(plainest + plainest)
+    assert [shape.share for shape in read_traffic(file, spec)] == [0.5, 0.5]
 
 
 @pytest.mark.parametrize(
@@ -235,14 +233,14 @@ def test_traffic_reads_seconds_and_normalises_shares(tmp_path: Path, spec: Model
         ("shape = [5]", "number 1: shape must be an object, is 5"),
         ("[[shape", "is not TOML"),
         ("\xff", "is not TOML"),
-        (SHAPE.replace("width = 64\n", ""), r"number 1: shape lacks \['width'\]"),
+        (SHAPE.replace("width = 64\n", ""), r"number 1: shape lacks \['width'\]$"),
         (SHAPE + SHAPE.replace("width", "breadth"), r"number 2: shape lacks \['width'\] and has unknown \['breadth'\]"),
         (SHAPE.replace("64", "'64'"), "shape.width must be int, is '64'"),
         (SHAPE.replace("64", "-64"), "shape.width must be above 0, is -64"),
         (SHAPE.replace("share = 3", "share = 0"), "shape.share must be above 0, is 0"),
         (SHAPE.replace("share = 3", "share = nan"), "shape.share must be above 0, is nan"),
         (SHAPE.replace("64", "2000000"), "shape.width must be at most 1000000, is 2000000"),
-        (SHAPE.replace("batch = 1", "batch = 1.5"), "shape.batch must be int, is 1.5"),
+        (SHAPE + "batch = 2", r"shape has unknown \['batch'\]$"),
         (SHAPE.replace("frames = 33\n", ""), "needs either frames or seconds, has frames None and seconds None"),
         (SHAPE + "seconds = 2", "needs either frames or seconds, has frames 33 and seconds 2.0"),
         (SHAPE + "fps = 24", "shape.fps 24.0 needs seconds; leave it out"),
@@ -261,9 +259,9 @@ def test_no_profile_for_nothing(spec: ModelSpec) -> None:
     with pytest.raises(
         UserError, match="the model tubelet-demo serves no shape of the traffic: width 65 is not a positive multiple"
     ):
-        choose(spec, [Shape(65, 64, 33, 1, 1.0)], 4)
+        choose(spec, [Shape(65, 64, 33, 1.0)], 4)
     with pytest.raises(UserError, match="the most profiles must be 1 or more, is 0"):
-        choose(spec, [Shape(64, 64, 33, 1, 1.0)], 0)
+        choose(spec, [Shape(64, 64, 33, 1.0)], 0)
 
 
 def test_the_command_prints_the_choice(tubelet: Callable[..., Any], tmp_path: Path) -> None:

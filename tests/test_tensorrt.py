@@ -25,7 +25,7 @@ from typing import Any
 import numpy as np
 import pytest
 from fake_device import FakeDevice
-from fake_tensorrt import RTX, FakeTensorRt, build_plans, spans
+from fake_tensorrt import RTX, RTX_FP16, FakeTensorRt, build_plans, spans
 from gpu import acceptance
 from numpy.typing import NDArray
 
@@ -34,7 +34,7 @@ from tubelet.runtime.bundle import record as file_record
 from tubelet.runtime.canvas import Canvas
 from tubelet.runtime.loop import Pinned
 from tubelet.runtime.memory import DeviceError
-from tubelet.runtime.plans import Target
+from tubelet.runtime.plans import Target, plan_path
 from tubelet.runtime.profiles import Range
 
 SMALL = Request("a red circle moves right on a white background", width=48, height=48, frames=9, steps=4)
@@ -378,6 +378,21 @@ def test_a_plan_that_is_not_for_this_machine_is_refused(
     assert re.search(message, str(on_cpu.target))
 
 
+def test_an_unreadable_record_hides_no_other_plan(machine: Machine) -> None:
+    build_plans(machine.bundle, RTX)
+    build_plans(machine.bundle, RTX_FP16)
+    plan_path(machine.bundle, RTX_FP16, "denoiser").with_suffix(".json").write_text("{")
+
+    assert machine.open().target.target == "rtx"
+
+
+def test_a_plan_of_tensorrt_is_for_one_gpu(machine: Machine, monkeypatch: pytest.MonkeyPatch) -> None:
+    build_plans(machine.bundle, Target("tensorrt", ("sm89",), "fp32", "other GPU"))
+    monkeypatch.setitem(sys.modules, "tensorrt", FakeTensorRt(machine.device, "tensorrt"))
+    with pytest.raises(UserError, match=r"tensorrt-sm89-other_GPU-fp32 was built on other GPU, this is fake GPU"):
+        machine.open("tensorrt")
+
+
 def test_another_gpu_and_no_driver_are_named(machine: Machine, monkeypatch: pytest.MonkeyPatch) -> None:
     build_plans(machine.bundle, RTX)
     machine.device.architecture = "sm120"
@@ -411,7 +426,7 @@ def test_auto_takes_the_first_that_works_and_says_why_not_others(machine: Machin
     assert told.startswith("cpu, onnxruntime ") and "not rtx: the bundle has no plans of rtx; make them with" in told
     assert "not cuda: onnxruntime " in told and "has no CUDAExecutionProvider; install onnxruntime-gpu" in told
     build_plans(machine.bundle, RTX)
-    build_plans(machine.bundle, Target("tensorrt", ("sm89",), "fp32"))
+    build_plans(machine.bundle, Target("tensorrt", ("sm89",), "fp32", "fake GPU"))
     monkeypatch.setitem(sys.modules, "tensorrt", None)
     with machine.open("auto") as pipeline:
         assert pipeline.target.target == "rtx"

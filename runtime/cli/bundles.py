@@ -14,10 +14,10 @@ from rich.table import Table
 from ..bundle import EMBEDDED, Bundle
 from ..doctor import examine
 from ..errors import UserError
-from ..plans import records
+from ..plans import State, states
 from .app import app, err, out
 from .output import read_recipe
-from .plans import records_tables
+from .plans import plans_tables
 
 
 @app.command()
@@ -51,9 +51,9 @@ def _inspect_file(path: Path, as_json: bool) -> None:
 
 
 def _inspect_bundle(opened: Bundle, as_json: bool) -> None:
-    plans = records(opened)
+    plans = states(opened)
     if as_json:
-        told = {**dataclasses.asdict(opened.manifest), "plans": [dataclasses.asdict(plan) for plan in plans]}
+        told = {**dataclasses.asdict(opened.manifest), "plans": [_plan(plan) for plan in plans]}
         out.print_json(data=told)
         return
     spec, manifest = opened.spec, opened.manifest
@@ -69,7 +69,15 @@ def _inspect_bundle(opened: Bundle, as_json: bool) -> None:
     parity = Table("component", "target", "shape", "max |difference|", "relative", title="Parity against torch")
     for row in manifest.parity:
         parity.add_row(row.component, row.target, row.shape, f"{row.max_abs:.1e}", f"{row.relative:.1e}")
-    out.print(components, files, parity, *records_tables(plans))
+    out.print(components, files, parity, *plans_tables(plans))
+    for plan in plans:
+        if plan.problem is not None:
+            out.print(plan.problem, style="red", markup=False)
+
+
+def _plan(state: State) -> dict[str, Any]:
+    record = {} if state.record is None else dataclasses.asdict(state.record)
+    return {"component": state.path.stem, **record, "path": str(state.path), "problem": state.problem}
 
 
 def _ports(ports: Any) -> str:

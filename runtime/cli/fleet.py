@@ -8,10 +8,12 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
+from rich.console import Console
 from rich.filesize import decimal
 from rich.table import Table
 
 from ..errors import UserError
+from ..plans import Target
 from .app import app, err, out
 from .build import CORES, MISSING, Jobs
 from .plans import Bars
@@ -20,20 +22,21 @@ from .profiles import describe, print_outside
 if TYPE_CHECKING:
     from tubelet.export.fleet import FleetPlan  # noqa: TID251 loaded by the command alone
 
+FleetPath = Annotated[Path, typer.Argument(help="fleet.toml, or the folder that holds it: see docs/compile.md.")]
 fleet = typer.Typer(no_args_is_help=True, help="Plans, builds and checks what a fleet of machines needs.")
 app.add_typer(fleet, name="fleet")
 
 
 @fleet.command()
 def plan(
-    file: Annotated[Path, typer.Argument(help="fleet.toml: see docs/compile.md.")],
+    path: FleetPath,
     *,
     as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object instead of tables.")] = False,
 ) -> None:
     """Print every plan to build and every component x SKU x profile. Exits with 1 if not all can be served."""
     from tubelet.export.fleet import plan_fleet  # noqa: TID251 needs no torch
 
-    planned = plan_fleet(file)
+    planned = plan_fleet(_file(path))
     if as_json:
         out.print_json(data=_report(planned))
     else:
@@ -44,7 +47,7 @@ def plan(
 
 @fleet.command()
 def build(
-    file: Annotated[Path, typer.Argument(help="fleet.toml: see docs/compile.md.")],
+    path: FleetPath,
     *,
     jobs: Jobs = CORES,
 ) -> None:
@@ -57,7 +60,7 @@ def build(
         from tubelet.export.fleet_build import build_fleet  # noqa: TID251
     except ImportError as error:
         raise UserError(MISSING.format(error)) from error
-    planned = plan_fleet(file)
+    planned = plan_fleet(_file(path))
     with Bars() as bars:
         rest = build_fleet(planned, jobs, lambda order: bars.say(f"{order.model}:"), bars.step, bars.finish)
     for each in rest:
@@ -68,13 +71,14 @@ def build(
     for each in rest:
         if each.command is not None:
             out.print(each.command, markup=False)
-    if rest:
+    _print_outside(planned, err)
+    if rest or any(planned.outside.values()):
         raise typer.Exit(1)
 
 
 @fleet.command()
 def check(
-    path: Annotated[Path, typer.Argument(help="Folder that holds fleet.toml and the bundles, or that file.")],
+    path: FleetPath,
 ) -> None:
     """Prove that a folder serves its fleet: every plan is there, whole, for this traffic, and fits into memory.
 
@@ -83,22 +87,32 @@ def check(
     from tubelet.export.fleet import plan_fleet  # noqa: TID251 needs no torch
     from tubelet.export.fleet_check import check_fleet  # noqa: TID251
 
-    planned = plan_fleet(path / "fleet.toml" if path.is_dir() else path)
+    planned = plan_fleet(_file(path))
     holes = check_fleet(planned)
     for hole in holes:
-        out.print(f"{hole.model} {hole.component} on {', '.join(hole.skus)}: {hole.reason}", markup=False)
+        what = hole.model if hole.component is None else f"{hole.model} {hole.component}"
+        out.print(f"{what} on {', '.join(hole.skus)}: {hole.reason}", markup=False)
     _print_outside(planned)
     if holes or any(planned.outside.values()):
         raise typer.Exit(1)
     out.print(f"{len(planned.builds)} plans serve all {len(planned.cells)} cells")
 
 
+def _file(path: Path) -> Path:
+    return path / "fleet.toml" if path.is_dir() else path
+
+
 def _report(planned: FleetPlan) -> dict[str, Any]:
     """What `plan --json` prints."""
     return {
         "fleet": dataclasses.asdict(planned.fleet),
-        "builds": [dataclasses.asdict(build) for build in planned.builds],
+        "builds": [
+            {**dataclasses.asdict(build), "can_be_built": build.target.can_be_built} for build in planned.builds
+        ],
         "cells": [dataclasses.asdict(cell) for cell in planned.cells],
+        "loading": {
+            model: [dataclasses.asdict(each) for each in loading] for model, loading in planned.loading.items()
+        },
         "outside": {model: [dataclasses.asdict(each) for each in shapes] for model, shapes in planned.outside.items()},
         "complete": planned.complete,
     }
@@ -107,11 +121,11 @@ def _report(planned: FleetPlan) -> dict[str, Any]:
 def _print(planned: FleetPlan) -> None:
     for model in planned.fleet.models:
         out.print(_matrix(planned, model))
-    builds = Table("model", "component", "compiler", "precision", "architectures", "build on", "plan", title="Builds")
+    builds = Table("model", "component", "compiler", "precision", "architectures", "build", "plan", title="Builds")
     for build in planned.builds:
         builds.add_row(
             *(build.model, build.component, build.target.compiler, build.target.precision),
-            *(" ".join(build.target.architectures), build.machine or "here", decimal(build.plan_bytes)),
+            *(" ".join(build.target.architectures), _where(build.target), decimal(build.plan_bytes)),
         )
     machines = Table("SKU", "count", "architecture", "memory", "plans on disk", "in all", title="Machines")
     for sku in planned.fleet.sku:
@@ -122,19 +136,29 @@ def _print(planned: FleetPlan) -> None:
         )
     out.print(builds, machines)
     _print_outside(planned)
-    for machine, count in Counter(build.machine for build in planned.builds).items():
-        out.print(f"{count} plans can be built {f'only on {machine}' if machine else 'here'}", markup=False)
-    fitting = sum(cell.fits for cell in planned.cells)
-    out.print(f"{fitting} of {len(planned.cells)} cells fit into their machine's memory")
+    for where, count in Counter(_where(build.target) for build in planned.builds).items():
+        out.print(f"plans to build {where}: {count}", markup=False)
+    for model, loading in planned.loading.items():
+        for each in loading:
+            out.print(f"{model} on {each.sku}: {each.sentence}", style=None if each.fits else "red", markup=False)
 
 
-def _print_outside(planned: FleetPlan) -> None:
+def _where(target: Target) -> str:
+    """Where a plan is built."""
+    return (
+        (f"on {target.gpu}" if target.gpu else "here")
+        if target.can_be_built
+        else f"nowhere yet, being {target.precision}"
+    )
+
+
+def _print_outside(planned: FleetPlan, to: Console = out) -> None:
     for model, outside in planned.outside.items():
-        print_outside(outside, f"outside {model}")
+        print_outside(outside, f"outside {model}", to)
 
 
 def _matrix(planned: FleetPlan, model: str) -> Table:
-    """Memory of every component and profile, a column for each SKU."""
+    """What every component takes in every profile, a column for each SKU."""
     skus = [sku.name for sku in planned.fleet.sku]
     profiles = {build.component: build.profiles for build in planned.builds if build.model == model}
     cells = {(cell.component, cell.profile, cell.sku): cell for cell in planned.cells if cell.model == model}
@@ -142,6 +166,5 @@ def _matrix(planned: FleetPlan, model: str) -> Table:
     for component, chosen in profiles.items():
         for index, profile in enumerate(chosen):
             row = [cells[component, index, sku] for sku in skus]
-            held = (decimal(cell.memory_bytes) + ("" if cell.fits else " [red]too big[/red]") for cell in row)
-            table.add_row(component, describe(profile), *held)
+            table.add_row(component, describe(profile), *(decimal(cell.memory_bytes) for cell in row))
     return table

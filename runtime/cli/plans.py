@@ -11,7 +11,7 @@ from rich.filesize import decimal
 from rich.progress import BarColumn, Progress, TaskID, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 from rich.table import Column, Table
 
-from ..plans import PlanRecord
+from ..plans import PlanRecord, State
 from .app import err
 
 if TYPE_CHECKING:
@@ -20,25 +20,35 @@ if TYPE_CHECKING:
 LONGEST = "Computing profile costs"  # the compiler's phase that takes nearly all of its time: kernels of each profile
 
 
-def records_tables(records: Iterable[PlanRecord]) -> list[Table]:
-    """What plans are and take, a table for each target."""
-    return [_table(target, of) for target, of in groupby(records, key=lambda record: record.target.name)]
+def plans_tables(plans: Iterable[State]) -> list[Table]:
+    """What plans are and take, a table for each target and release of its compiler."""
+    return [_table(title, of) for title, of in groupby(plans, key=_title)]
 
 
-def _table(title: str, records: Iterable[PlanRecord]) -> Table:
+def _title(plan: State) -> str:
+    known = plan.record
+    return plan.path.parent.name + (f", {known.compiler.name} {known.compiler.version}" if known else "")
+
+
+def _table(title: str, plans: Iterable[State]) -> Table:
     table = Table(
-        Column("component", no_wrap=True),
+        Column("component, key", no_wrap=True),
         *("profiles", "plan", "weights", "activations", "kernels", "time"),
+        Column("state", no_wrap=True),
         title=title,
         title_justify="left",
     )
-    for each in records:
-        measured = each.measured
-        table.add_row(
-            *(each.component, str(len(each.profiles)), decimal(each.file.bytes), decimal(measured.weights_bytes)),
-            "\n".join(decimal(n) for n in measured.activation_bytes),
-            *(str(measured.kernels), f"{measured.seconds:.0f} s"),
-        )
+    for each in plans:
+        name, told = each.path.stem, [""] * 6
+        if each.record is not None:
+            known, measured = each.record, each.record.measured
+            name += f"\n{known.key[:16]}"
+            told = [
+                *(str(len(known.profiles)), decimal(known.file.bytes), decimal(measured.weights_bytes)),
+                "\n".join(decimal(n) for n in measured.activation_bytes),
+                *(str(measured.kernels), f"{measured.seconds:.0f} s"),
+            ]
+        table.add_row(name, *told, "bad" if each.problem else "good")
     return table
 
 

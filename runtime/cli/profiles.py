@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
+from rich.console import Console
 from rich.filesize import decimal
 from rich.table import Table
 
@@ -44,11 +45,11 @@ def profiles(
 
 
 def _print(choice: Choice, report: dict[str, Any]) -> None:
-    shapes = Table("share", "size", "frames", "at once", "N", "profile", title="Traffic")
+    shapes = Table("share", "size", "frames", "N", "profile", title="Traffic")
     for served in choice.served:
         shape = served.shape
         shapes.add_row(
-            *(f"{shape.share:.1%}", f"{shape.width}x{shape.height}", str(shape.frames), str(shape.batch)),
+            *(f"{shape.share:.1%}", f"{shape.width}x{shape.height}", str(shape.frames)),
             *(str(served.geometry.tokens), str(choice.profile_of(served))),
         )
     denoiser = Table("profile", "N min", "opt", "max", "B min", "opt", "max", "share", title="The denoiser's profiles")
@@ -70,11 +71,11 @@ def _print(choice: Choice, report: dict[str, Any]) -> None:
     )
 
 
-def print_outside(outside: tuple[Outside, ...], label: str = "outside") -> None:
+def print_outside(outside: tuple[Outside, ...], label: str = "outside", to: Console = out) -> None:
     """One line for each shape of the traffic that is not served."""
     for each in outside:
         shape = each.shape
-        out.print(
+        to.print(
             f"{label}: {shape.width}x{shape.height} with {shape.frames} frames, {shape.share:.1%}: {each.reason}. "
             f"The nearest shape inside is {_named(each.nearest)}",
             markup=False,

@@ -64,7 +64,7 @@ def report(target: Target) -> Iterator[dict[str, Any]]:
 @pytest.fixture(scope="module")
 def pipeline(target: Target, report: dict[str, Any], tmp_path_factory: pytest.TempPathFactory) -> Iterator[Pipeline]:
     bundle = Bundle.open(shutil.copytree(EMBEDDED, tmp_path_factory.mktemp("acceptance") / "bundle"))
-    shapes = [Shape(r.width, r.height, r.frames, 1, 1.0) for r in (acceptance.SMALL, acceptance.LARGE)]
+    shapes = [Shape(r.width, r.height, r.frames, 1.0) for r in (acceptance.SMALL, acceptance.LARGE)]
     start = time.perf_counter()
     build_engines(bundle, target, choose(bundle.spec, shapes, 2).profiles, workers=4)
     built = time.perf_counter()
