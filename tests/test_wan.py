@@ -144,7 +144,7 @@ def test_both_layouts_are_the_same_model(models: Mapping[str, Published], name: 
 @pytest.mark.parametrize("name", KINDS)
 def test_every_component_can_be_planned(models: Mapping[str, Published], name: str) -> None:
     spec = models[name].checkpoint.spec
-    profiles = choose(spec, (Shape(256, 256, 9, 1, 1.0),), 2).profiles
+    profiles = choose(spec, (Shape(256, 256, 9, 1.0),), 2).profiles
     assert set(profiles) == set(required(spec)) <= set(KINDS_OF_COMPONENTS)
     assert set(required(spec)) <= {component for part in PARTS.values() for component in part}
 
