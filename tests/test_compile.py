@@ -454,12 +454,17 @@ def test_publishing_waits_for_its_turn(tmp_path: Path) -> None:
 
 def test_every_part_of_a_key_counts(compiled: Bundle) -> None:
     wanted = profiles(compiled)["conditioner"]
-    files = {name: FileRecord(1, "other") for name in compiled.manifest.files}
-    other = dataclasses.replace(compiled, manifest=dataclasses.replace(compiled.manifest, files=files))
+
+    def other(**changes: str) -> Bundle:
+        components = compiled.manifest.components
+        changed = {**components, "conditioner": dataclasses.replace(components["conditioner"], **changes)}
+        return dataclasses.replace(compiled, manifest=dataclasses.replace(compiled.manifest, components=changed))
+
     compiler = Compiler("tensorrt_rtx", "1")
     keys = [
         plan_key(compiled, "conditioner", TARGET, compiler, wanted, None),
-        plan_key(other, "conditioner", TARGET, compiler, wanted, None),
+        plan_key(other(graph_digest="other"), "conditioner", TARGET, compiler, wanted, None),
+        plan_key(other(weights_digest="other"), "conditioner", TARGET, compiler, wanted, None),
         plan_key(compiled, "text_encoder", TARGET, compiler, wanted, None),
         plan_key(compiled, "conditioner", dataclasses.replace(TARGET, architectures=("sm86",)), compiler, wanted, None),
         plan_key(compiled, "conditioner", TARGET, Compiler("tensorrt_rtx", "2"), wanted, None),
