@@ -302,7 +302,7 @@ def main() -> None:
     parser.add_argument("--threads", type=int)
     parser.add_argument("--sheets", type=Path)
     options = parser.parse_args()
-    studio = Studio(Pipeline.open(options.bundle, options.threads))
+    studio = Studio(Pipeline.open(options.bundle, threads=options.threads))
     result: dict[str, object] = {}
     for name in options.only.split(","):
         task, checks = TASKS[name]
