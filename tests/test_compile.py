@@ -298,7 +298,7 @@ def test_a_signal_leaves_nothing_behind(
     """As Ctrl-C, which all processes of a terminal hear, and as a supervisor, which tells one."""
     (tmp_path / "traffic.toml").write_text(TRAFFIC)
     arguments = ("--target", "rtx:sm86", "--traffic", "traffic.toml", "--component", "denoiser")
-    code = "from tubelet.runtime.cli import main; main()"
+    code = f"import signal; signal.signal({int(number)}, signal.SIG_DFL); from tubelet.runtime.cli import main; main()"
     command = [sys.executable, "-c", code, "build", str(embedded_copy), *arguments]
     process = subprocess.Popen(command, cwd=tmp_path, stderr=subprocess.PIPE, text=True, start_new_session=True)
     until(lambda: list(embedded_copy.glob(f"{FOLDER}/.*/*/plan")))  # the compiler is at work
