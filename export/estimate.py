@@ -129,12 +129,14 @@ def _word(spec: ModelSpec, extents: Extents) -> int:
 _DECODER = Kind(lambda spec: len(spec.vae.widths) * spec.vae.decoder_blocks, _vae)
 _ENCODER = Kind(lambda spec: len(spec.vae.widths) * spec.vae.encoder_blocks, _vae)
 _CONDITIONER = Kind(lambda spec: spec.denoiser.depth, lambda spec, e: 3 * e["B"] * e["L"] * spec.denoiser.width)
+_IMAGE_CONDITIONER = Kind(lambda spec: spec.denoiser.depth, _image_conditioner)
 _DENOISER = Kind(lambda spec: spec.denoiser.depth, _denoiser)
 
 KINDS: Mapping[str, Kind] = {
     "text_encoder": Kind(lambda spec: spec.text_encoder.depth, _text_encoder),
     "image_encoder": Kind(lambda spec: spec.image_encoder.depth if spec.image_encoder else 0, _image_encoder),
-    "image_conditioner": Kind(lambda spec: spec.denoiser.depth, _image_conditioner),
+    "image_conditioner": _IMAGE_CONDITIONER,
+    "image_conditioner_low": _IMAGE_CONDITIONER,
     "conditioner": _CONDITIONER,
     "conditioner_low": _CONDITIONER,
     "denoiser": _DENOISER,

@@ -221,7 +221,7 @@ def _components(
     }
     if spec.image_encoder is not None:
         profiles["image_encoder"] = ({"B": Range(1, 1, spec.pictures)},)
-        profiles["image_conditioner"] = ({"B": _rows(spec)},)
+        profiles |= {f"image_conditioner{expert}": ({"B": _rows(spec)},) for expert in spec.experts}
     if spec.captioner is not None:
         beams = Range(1, 1, MAX_BEAMS)
         profiles["captioner_memory"] = tuple({"B": one, "N": profile["N"]} for profile in tokens)

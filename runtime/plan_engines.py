@@ -71,8 +71,8 @@ class PlanEngines(Resource):
         return self._plans[name].record.profiles
 
     def loop(self, steps: Steps) -> DeviceLoop:
-        workspaces = self._workspaces[steps.denoiser]
-        return DeviceLoop(self.session, workspaces, lambda: self.load(steps.denoiser), steps)
+        name = steps.denoiser  # and no more of `steps`, which a loop copies
+        return DeviceLoop(self.session, self._workspaces[name], lambda: self.load(name), steps)
 
     def warm_up(self) -> None:
         for name in self._plans:

@@ -24,7 +24,7 @@ KEPT = ("conditioner", "image_conditioner", "denoiser")  # their buffers are a g
 HOST_BYTES = 4  # of a weight: ONNX Runtime holds float32
 PARTS = {
     "text encoder": ("text_encoder", "conditioner", "conditioner_low"),
-    "image encoder": ("image_encoder", "image_conditioner"),
+    "image encoder": ("image_encoder", "image_conditioner", "image_conditioner_low"),
     "denoiser": ("denoiser",),
     "denoiser for low noise": ("denoiser_low",),
     "VAE": ("vae_decoder_first", "vae_decoder", "vae_encoder_first", "vae_encoder"),

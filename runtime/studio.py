@@ -77,7 +77,8 @@ class Studio:
     ) -> Iterator[Frames]:
         """Text to video or image; with pictures [H,W,3] at frame numbers, around these; with scenes, one after another.
 
-        Up to twice a window is made at once, as far as there is one prompt. Keyframes must be in the first window.
+        Pictures go to the output as they are; they must be in the first window. Up to twice a window is made at once,
+        as far as there is one prompt.
         """
         settings = self.check(request, scenes)
         scenes = scenes or [Scene(0, request.prompt)]
@@ -94,7 +95,10 @@ class Studio:
                     f"keyframe {out[0]} is outside the frames 0 to {at_once - 1} that are made at once; move it"
                 )
             first = dataclasses.replace(request, prompt=scenes[0].prompt)
-            past = self._paint_around(first, keyframes, at_once)[: stops[0]]
+            past = self._paint_around(first, keyframes, at_once)
+            for number, picture in keyframes.items():
+                past[number] = picture
+            past = past[: stops[0]]
             done = len(past)
             yield past
         for number, (scene, stop) in enumerate(zip(scenes, stops, strict=True)):
@@ -149,8 +153,14 @@ class Studio:
     def edit(self, clip: Frames, request: Request) -> Iterator[Frames]:
         """SDEdit (Meng et al. 2022): the clip [T,H,W,3] with as much noise as `request.strength` says, denoised.
 
-        At strength 0 it is the clip, as far as the VAE keeps it; at 1 only its size and duration are left.
+        At strength 0 it is the clip; at 1 only its size and duration are left.
         """
+        if request.strength == 0:
+            frames, height, width = clip.shape[:3]
+            length = self._ceil(min(frames, self.window))
+            self.pipeline.check(dataclasses.replace(request, width=width, height=height, frames=length))
+            yield clip
+            return
         yield from self._sweep(request, len(clip), clip[:0], (clip, np.zeros(clip.shape[:3], np.bool_)))
 
     def inpaint(self, clip: Frames, mask: Mask, request: Request) -> Iterator[Frames]:

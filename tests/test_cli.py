@@ -333,6 +333,7 @@ def test_a_second_signal_does_not_stop_the_cleaning_up(tmp_path: Path) -> None:
     """Both come while rich draws: what one interrupts, the other must not find half done."""
     code = """
 import os, signal
+signal.signal(signal.SIGINT, signal.SIG_DFL)  # a shell's background jobs have it ignored
 from tubelet.runtime.cli import app, main
 
 @app.app.command()

@@ -163,7 +163,6 @@ def test_progress_shows_the_phase_and_its_layers(monkeypatch: pytest.MonkeyPatch
 def test_inspect_shows_the_plans(tubelet: Callable[..., Any], compiled: Bundle) -> None:
     shown = tubelet("inspect", str(compiled.folder)).out
     assert TARGET.name in shown
-    assert "…" not in shown  # 80 columns are enough
     told = json.loads(tubelet("inspect", str(compiled.folder), "--json").out)
     assert {plan["component"] for plan in told["plans"]} == set(COMPONENTS)
     assert "rtx" not in tubelet("inspect").out
@@ -266,7 +265,7 @@ def test_a_memory_that_no_gpu_has_is_named(tubelet: Callable[..., Any], tmp_path
         (("--target", "openvino:cpu"), "compiler 'openvino' is not one of rtx, tensorrt"),
         (("--target", "rtx:sm89", "--precision", "fp12"), "precision 'fp12' is not one of bf16, fp16, fp32"),
         (("--target", "rtx:sm75,sm80", "--precision", "bf16"), "sm75 has no bf16 matrix products; it has fp16, int8"),
-        (("--target", "rtx:sm89", "--precision", "fp8"), "is not quantized; make a bundle with `tubelet quantize "),
+        (("--target", "rtx:sm89", "--precision", "fp8"), "fp8 plans cannot be built yet; choose from fp32, fp16, bf16"),
         (("--target", "rtx:sm89", "--component", "vae"), "the bundle has no component 'vae'; it has text_encoder, "),
     ],
 )
@@ -299,7 +298,7 @@ def test_a_signal_leaves_nothing_behind(
     """As Ctrl-C, which all processes of a terminal hear, and as a supervisor, which tells one."""
     (tmp_path / "traffic.toml").write_text(TRAFFIC)
     arguments = ("--target", "rtx:sm86", "--traffic", "traffic.toml", "--component", "denoiser")
-    code = "from tubelet.runtime.cli import main; main()"
+    code = f"import signal; signal.signal({int(number)}, signal.SIG_DFL); from tubelet.runtime.cli import main; main()"
     command = [sys.executable, "-c", code, "build", str(embedded_copy), *arguments]
     process = subprocess.Popen(command, cwd=tmp_path, stderr=subprocess.PIPE, text=True, start_new_session=True)
     until(lambda: list(embedded_copy.glob(f"{FOLDER}/.*/*/plan")))  # the compiler is at work
@@ -455,17 +454,17 @@ def test_publishing_waits_for_its_turn(tmp_path: Path) -> None:
 
 def test_every_part_of_a_key_counts(compiled: Bundle) -> None:
     wanted = profiles(compiled)["conditioner"]
-    components, compiler = compiled.manifest.components, Compiler("tensorrt_rtx", "1")
 
-    def changed(**digests: str) -> Bundle:
-        conditioner = dataclasses.replace(components["conditioner"], **digests)
-        manifest = dataclasses.replace(compiled.manifest, components={**components, "conditioner": conditioner})
-        return dataclasses.replace(compiled, manifest=manifest)
+    def other(**changes: str) -> Bundle:
+        components = compiled.manifest.components
+        changed = {**components, "conditioner": dataclasses.replace(components["conditioner"], **changes)}
+        return dataclasses.replace(compiled, manifest=dataclasses.replace(compiled.manifest, components=changed))
 
+    compiler = Compiler("tensorrt_rtx", "1")
     keys = [
         plan_key(compiled, "conditioner", TARGET, compiler, wanted, None),
-        plan_key(changed(graph_digest="0"), "conditioner", TARGET, compiler, wanted, None),
-        plan_key(changed(weights_digest="0"), "conditioner", TARGET, compiler, wanted, None),
+        plan_key(other(graph_digest="other"), "conditioner", TARGET, compiler, wanted, None),
+        plan_key(other(weights_digest="other"), "conditioner", TARGET, compiler, wanted, None),
         plan_key(compiled, "text_encoder", TARGET, compiler, wanted, None),
         plan_key(compiled, "conditioner", dataclasses.replace(TARGET, architectures=("sm86",)), compiler, wanted, None),
         plan_key(compiled, "conditioner", TARGET, Compiler("tensorrt_rtx", "2"), wanted, None),
@@ -623,7 +622,7 @@ def test_the_compilers_log_is_read() -> None:
     report = parse_report(LOG)
     assert report.layers == (
         Layer("__mye71863_0_myl0_0", "shape_call", ()),
-        Layer("__myl_FcAdd_myl0_1", "runtime_fusion", ("fp32",), frozenset({"node_MatMul_4"})),
+        Layer("__myl_FcAdd_myl0_1", "runtime_fusion", ("fp32",)),
         Layer("_gemm_mha_v2_myl0_17", "kgen", ("fp16", "fp16")),
         Layer("node_MatMul_374+node_MatMul_341_myl1_12", "gemm", ("fp16",)),
     )

@@ -72,7 +72,7 @@ def test_a_plan_takes_its_ports_at_their_greatest(embedded_copy: object) -> None
 
 def test_one_expert_at_a_time_where_memory_is_short() -> None:
     needs = NEEDS | {"denoiser_low": NEEDS["denoiser"], "conditioner_low": NEEDS["conditioner"]}
-    residency = plan_residency(needs, MemoryInfo(12 * GIB + RESERVED, 24 * GIB), "card")
+    residency = plan_residency(needs, MemoryInfo(int(14.75 * GIB) + RESERVED, 24 * GIB), "card")
 
     assert ("denoiser",) in residency.groups and ("denoiser_low",) in residency.groups
     assert residency.beside("conditioner_low") == ("text_encoder", "conditioner", "conditioner_low")

@@ -97,12 +97,16 @@ def test_keyframes_are_where_they_belong(studio: Studio, clip: np.ndarray) -> No
     made = joined(studio.generate(Request(PROMPT, width=48, height=48), shown))
     assert made.shape == clip.shape
     for number, image in shown.items():
-        assert psnr(made[number], image) > 26  # the VAE alone loses about as much
+        np.testing.assert_array_equal(made[number], image)
+    for number in (1, 15, 17, 31):  # what is made beside them leads there
+        assert psnr(made[number], clip[number]) > 22
 
 
 def test_a_picture_begins_a_long_video(studio: Studio, clip: np.ndarray) -> None:
     made = joined(studio.generate(replace(FAST, width=48, height=48, frames=70), {0: clip[0]}))
-    assert len(made) == 70 and psnr(made[0], clip[0]) > 26
+    assert len(made) == 70
+    np.testing.assert_array_equal(made[0], clip[0])
+    assert psnr(made[1], clip[1]) > 22
 
 
 @pytest.mark.parametrize("backward", [False, True])
@@ -141,8 +145,8 @@ def test_loops_and_connections_keep_both_ends(studio: Studio, noise: np.ndarray,
 def test_editing_goes_from_the_clip_to_the_prompt(studio: Studio, clip: np.ndarray) -> None:
     request = Request("a blue circle moves right on a white background", width=48, height=48, seed=4)
     made = {s: joined(studio.edit(clip, replace(request, strength=s))) for s in (0.0, 0.5, 1.0)}
-    assert psnr(made[0.0], clip) > 28
-    assert psnr(made[0.0], clip) > psnr(made[0.5], clip) > psnr(made[1.0], clip)
+    np.testing.assert_array_equal(made[0.0], clip)
+    assert psnr(made[0.5], clip) > psnr(made[1.0], clip)
 
 
 def test_an_edit_of_any_length_has_that_length(studio: Studio, noise: np.ndarray) -> None:

@@ -162,7 +162,7 @@ def caches(results: dict[str, Any]) -> dict[str, Any]:
 def test_plans_are_asked_for_a_tile(spec: ModelSpec) -> None:
     """A picture of four tiles needs a VAE's plan for one of them."""
     tiled = dataclasses.replace(spec, vae=dataclasses.replace(spec.vae, tile=64))
-    choice = choose(tiled, [Shape(112, 96, 9, 1, 1.0)], 1)
+    choice = choose(tiled, [Shape(112, 96, 9, 1.0)], 1)
     (box,) = choice.profiles["vae_decoder_first"]
     assert (box["h"].max, box["w"].max) == tile_size(tiled.vae, 12, 14) == (7, 8)
     found = nearest(tiled, choice.profiles, 112, 96, 9)

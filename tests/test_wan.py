@@ -27,14 +27,19 @@ from safetensors.torch import load_file, save_file
 from tubelet.export.checkpoint import Checkpoint
 from tubelet.export.components import Component, build_modules, components
 from tubelet.export.dit import Conditioner, Denoiser
+from tubelet.export.estimate import KINDS as KINDS_OF_COMPONENTS
 from tubelet.export.lora import Lora, merged
+from tubelet.export.profiles import choose
 from tubelet.export.storage import digest
+from tubelet.export.traffic import Shape
 from tubelet.export.wan import open_wan
 from tubelet.export.wan_names import TRANSFORMER, Layout
 from tubelet.runtime import Pipeline, Request, UserError
+from tubelet.runtime.bundle import required
 from tubelet.runtime.canvas import Canvas
 from tubelet.runtime.kernels import pack, rope3d, unpack
 from tubelet.runtime.loop import HostLoop, Steps
+from tubelet.runtime.residency import PARTS
 from tubelet.runtime.schedule import time_features
 from tubelet.runtime.spec import DenoiserSpec
 from tubelet.runtime.studio import Studio
@@ -134,6 +139,14 @@ def test_both_layouts_are_the_same_model(models: Mapping[str, Published], name: 
         mine = ours.tensors[key]
         assert (stored.dtype, stored.shape) == (mine.dtype, mine.shape)
         assert digest(other.files[stored.file], stored) == digest(ours.files[mine.file], mine), key
+
+
+@pytest.mark.parametrize("name", KINDS)
+def test_every_component_can_be_planned(models: Mapping[str, Published], name: str) -> None:
+    spec = models[name].checkpoint.spec
+    profiles = choose(spec, (Shape(256, 256, 9, 1.0),), 2).profiles
+    assert set(profiles) == set(required(spec)) <= set(KINDS_OF_COMPONENTS)
+    assert set(required(spec)) <= {component for part in PARTS.values() for component in part}
 
 
 @pytest.mark.parametrize(
