@@ -265,7 +265,7 @@ def test_a_memory_that_no_gpu_has_is_named(tubelet: Callable[..., Any], tmp_path
         (("--target", "openvino:cpu"), "compiler 'openvino' is not one of rtx, tensorrt"),
         (("--target", "rtx:sm89", "--precision", "fp12"), "precision 'fp12' is not one of bf16, fp16, fp32"),
         (("--target", "rtx:sm75,sm80", "--precision", "bf16"), "sm75 has no bf16 matrix products; it has fp16, int8"),
-        (("--target", "rtx:sm89", "--precision", "fp8"), "fp8 plans cannot be built yet; choose from fp32, fp16, bf16"),
+        (("--target", "rtx:sm89", "--precision", "fp8"), "is not quantized; make a bundle with `tubelet quantize "),
         (("--target", "rtx:sm89", "--component", "vae"), "the bundle has no component 'vae'; it has text_encoder, "),
     ],
 )
@@ -481,7 +481,7 @@ def test_every_part_of_a_key_counts(compiled: Bundle) -> None:
 REPORT = Report(
     layers=(
         Layer("_gemm_mha_v2_myl0_17", "kgen", ("fp16",)),
-        Layer("__myl_FcAdd_myl0_1", "runtime_fusion", ("fp32",)),
+        Layer("__myl_FcAdd_myl0_1", "runtime_fusion", ("fp32",), frozenset({"node_MatMul_4"})),
         Layer("node_MatMul_389_myl0_21", "gemm", ("fp16",)),
     ),
     dtypes={"tokens": "fp16", "velocity": "fp16"},
@@ -622,7 +622,7 @@ def test_the_compilers_log_is_read() -> None:
     report = parse_report(LOG)
     assert report.layers == (
         Layer("__mye71863_0_myl0_0", "shape_call", ()),
-        Layer("__myl_FcAdd_myl0_1", "runtime_fusion", ("fp32",)),
+        Layer("__myl_FcAdd_myl0_1", "runtime_fusion", ("fp32",), frozenset({"node_MatMul_4"})),
         Layer("_gemm_mha_v2_myl0_17", "kgen", ("fp16", "fp16")),
         Layer("node_MatMul_374+node_MatMul_341_myl1_12", "gemm", ("fp16",)),
     )
