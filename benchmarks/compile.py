@@ -33,6 +33,7 @@ from tubelet.export.traffic import Shape
 from tubelet.runtime import EMBEDDED, Bundle
 from tubelet.runtime.bundle import MANIFEST, SCHEMA, TOKENIZER, WEIGHTS, Manifest, content_key, record, write_manifest
 from tubelet.runtime.plans import PlanRecord, Target
+from tubelet.runtime.resident import peak_resident_bytes
 from tubelet.runtime.spec import Defaults, DenoiserSpec, ModelSpec, TextEncoderSpec, VaeSpec
 
 SIZES = {
@@ -149,7 +150,7 @@ class Stages:
         self.found[name] = {
             "seconds": round(time.monotonic() - start, 1),
             "cpu_seconds": round(cpu_seconds() - cpu, 1),
-            "peak_gib": round(1024 * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / GIB, 2),
+            "peak_gib": round(peak_resident_bytes() / GIB, 2),
         }
         print(name, self.found[name], flush=True)
 

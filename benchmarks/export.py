@@ -12,7 +12,6 @@ from __future__ import annotations
 import argparse
 import json
 import os
-import resource
 import subprocess
 import sys
 import tempfile
@@ -110,37 +109,34 @@ def measured(script: str, *arguments: str) -> dict[str, Any]:
     for line in process.stdout:
         print(line, end="", flush=True)
         lines.append(line)
-    _, status, usage = _wait(process)
+    _, status, usage = os.wait4(process.pid, 0)
     if status:
         raise SystemExit(f"the process ended with {status}")
     return {
         "seconds": round(time.monotonic() - start, 1),
         "cpu_seconds": round(usage.ru_utime + usage.ru_stime, 1),
-        "peak_gib": round(1024 * usage.ru_maxrss / GIB, 2),
         **json.loads(lines[-1]),
     }
-
-
-def _wait(process: subprocess.Popen[str]) -> tuple[int, int, resource.struct_rusage]:
-    return os.wait4(process.pid, 0)
 
 
 EXPORT = """
 import json, sys, time
 from pathlib import Path
 from tubelet.export.build import build
+from tubelet.runtime.resident import peak_resident_bytes
 start = time.monotonic()
 def tell(stage):
     print(f"{time.monotonic() - start:6.1f} s  {stage}", flush=True)
 made = build(Path(sys.argv[1]), Path(sys.argv[2]), on_stage=tell)
 worst = max(row.relative for row in made.manifest.parity)
-print(json.dumps({"key": made.key[:16], "worst_relative": worst}))
+print(json.dumps({"key": made.key[:16], "worst_relative": worst, "peak_gib": round(peak_resident_bytes() / 2**30, 2)}))
 """
 RUN = """
 import json, sys, time
 import numpy as np
 from tubelet.runtime import Bundle
 from tubelet.runtime.engines import OnnxRuntimeEngine
+from tubelet.runtime.resident import peak_resident_bytes
 bundle = Bundle.open(sys.argv[1])
 tokens, spec = int(sys.argv[2]), bundle.spec.denoiser
 start = time.monotonic()
@@ -154,7 +150,8 @@ inputs = {"tokens": np.random.default_rng(0).standard_normal((1, tokens, spec.to
 velocity = engine(inputs)["velocity"]
 assert np.isfinite(velocity).all()
 step = time.monotonic() - loaded
-print(json.dumps({"load_seconds": round(loaded - start, 1), "step_seconds": round(step, 1), "tokens": tokens}))
+seconds = {"load_seconds": round(loaded - start, 1), "step_seconds": round(step, 1)}
+print(json.dumps({**seconds, "tokens": tokens, "peak_gib": round(peak_resident_bytes() / 2**30, 2)}))
 """
 
 

@@ -10,8 +10,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import resource
-import sys
 import tempfile
 import time
 from collections.abc import Sequence
@@ -21,15 +19,11 @@ import numpy as np
 
 from tubelet.export.demo.score import track
 from tubelet.runtime import EMBEDDED, Pipeline, Request, Scene, Studio, VideoWriter
+from tubelet.runtime.resident import peak_resident_bytes
 from tubelet.runtime.video import read_frames
 
 PROMPT = "a red circle moves right on a white background"
 TURNS = ("moves right", "moves down", "moves left", "moves up")
-
-
-def peak_mib() -> float:
-    """Peak resident set of this process."""
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / (2**20 if sys.platform == "darwin" else 2**10)
 
 
 def run(studio: Studio, frames: int, scenes: Sequence[Scene]) -> dict[str, float]:
@@ -41,8 +35,8 @@ def run(studio: Studio, frames: int, scenes: Sequence[Scene]) -> dict[str, float
                 writer.write(chunk)
                 done += len(chunk)
                 if not early and done >= frames / 10:
-                    early = peak_mib()
-        seconds, late = time.time() - start, peak_mib()
+                    early = peak_resident_bytes() / 2**20
+        seconds, late = time.time() - start, peak_resident_bytes() / 2**20
         clip, _ = read_frames(path)
     jumps = np.linalg.norm(np.diff(track(clip), axis=0), axis=1)
     return {

@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import resource
 import statistics
 import subprocess
 import sys
@@ -87,15 +86,16 @@ def child(code: str) -> dict[str, float]:
 
 IMPORT = "import time; s = time.perf_counter(); import tubelet.runtime; print(time.perf_counter() - s)"
 DECODE = """
-import json, resource, sys, time
+import json, time
 import numpy as np
 from tubelet.runtime import EMBEDDED, Pipeline
+from tubelet.runtime.resident import peak_resident_bytes
 pipeline = Pipeline.open(EMBEDDED)
 latent = np.random.default_rng(0).standard_normal((pipeline.spec.vae.latent_channels, {latents}, 8, 8), np.float32)
 start = time.perf_counter()
 frames = sum(len(chunk) for chunk in pipeline.decode_latent(latent))
 seconds = time.perf_counter() - start
-peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
+peak = peak_resident_bytes() / 2**20
 print(json.dumps({{"frames": frames, "s": seconds, "peak_mib": peak}}))
 """
 
@@ -104,12 +104,14 @@ def cold_generate(path: Path) -> dict[str, float]:
     """Seconds and peak memory of the README's command in a process of its own."""
     start = time.perf_counter()
     code = (
-        "import sys; from tubelet.runtime.cli import main; "
+        "import atexit, sys; from tubelet.runtime.cli import main; "
+        "from tubelet.runtime.resident import peak_resident_bytes; "
+        "atexit.register(lambda: print(peak_resident_bytes())); "
         f"sys.argv = ['tubelet', 'generate', {PROMPT!r}, '-o', {str(path)!r}]; main()"
     )
-    subprocess.run([sys.executable, "-c", code], capture_output=True, check=True)
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     seconds = time.perf_counter() - start
-    return {"s": seconds, "peak_mib": resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss / 1024}
+    return {"s": seconds, "peak_mib": int(done.stdout.splitlines()[-1]) / 2**20}
 
 
 def main() -> None:

@@ -7,7 +7,6 @@ TensorRT-RTX.
 
 from __future__ import annotations
 
-import resource
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -20,6 +19,7 @@ from tubelet.runtime.bundle import Shape, record
 from tubelet.runtime.compiler_log import make_logger
 from tubelet.runtime.plans import Measured, PlanRecord, Target
 from tubelet.runtime.profiles import Profile
+from tubelet.runtime.resident import peak_resident_bytes
 from tubelet.runtime.tensorrt import compiler_of, load_module
 
 from .compiler_report import HEADER, Report, architectures, parse_report
@@ -95,7 +95,7 @@ def compile_component(job: Job, on_event: Callable[[Event], None]) -> PlanRecord
             rounded_products=len(lowered.rounded) - len(fallen_back),
             fallen_back=fallen_back,
             seconds=round(time.monotonic() - start, 1),
-            peak_bytes=1024 * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss,
+            peak_bytes=peak_resident_bytes(),
         ),
     )
 

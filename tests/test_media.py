@@ -690,9 +690,9 @@ def test_memory_is_not_taken_for_what_a_header_says_nor_for_frames_at_full_size(
 import resource, sys
 from tubelet.runtime.errors import UserError
 from tubelet.runtime.media import read_clip
+from tubelet.runtime.resident import peak_resident_bytes as peak
 taken = resource.getpagesize() * int(open("/proc/self/statm").read().split()[0])
 resource.setrlimit(resource.RLIMIT_AS, (taken + 400_000_000,) * 2)
-peak = lambda: 1024 * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
 early = peak()
 for path in sys.argv[1:]:
     try:

@@ -124,10 +124,9 @@ def test_a_finished_generation_takes_no_step(pipeline: Pipeline) -> None:
 def test_decoding_a_long_latent_keeps_memory_flat() -> None:
     """1025 frames at 64x64 (101 MB of float32 pixels) peak within 16 MB of the first 33, in the resident set."""
     script = """
-import resource, sys
 import numpy as np
 from tubelet.runtime import EMBEDDED, Pipeline
-peak = lambda: resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
+from tubelet.runtime.resident import peak_resident_bytes as peak
 pipeline, peaks = Pipeline.open(EMBEDDED), []
 for latents in (9, 257):
     for _ in pipeline.decode_latent(np.zeros((8, latents, 8, 8), np.float32)):

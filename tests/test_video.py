@@ -235,10 +235,10 @@ def test_close_replaces_the_older_file_and_may_be_called_twice(tmp_path: Path) -
 def test_memory_does_not_grow_with_duration(tmp_path: Path, suffix: str, frames: int) -> None:
     """The peak after all frames, 47 kB each, is within 16 MB of the peak after the first 200."""
     script = f"""
-import resource, sys
+import sys
 import numpy as np
+from tubelet.runtime.resident import peak_resident_bytes as peak
 from tubelet.runtime.video import VideoWriter
-peak = lambda: resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
 with VideoWriter(sys.argv[1], 128, 128, 16) as video:
     for start in range(0, {frames}, 20):
         if start == 200:
