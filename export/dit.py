@@ -14,6 +14,8 @@ from torch import Tensor, nn
 
 from tubelet.runtime.spec import DenoiserSpec, ImageAttentionSpec
 
+from .stack import Stack
+
 EPSILON = 1e-6
 
 
@@ -67,16 +69,13 @@ class CrossAttention(nn.Module):
         return self.o(sum(others, first))
 
 
-class Levels:
-    """Chooses for each token between the modulation of unknown tokens (level 0) and of known ones (level 1)."""
+def select(modulation: Tensor, known: Tensor | None) -> Tensor:
+    """Chooses for each token between the modulation of unknown tokens (level 0) and of known ones (level 1).
 
-    def __init__(self, known: Tensor | None):
-        self.known = None if known is None else known[..., None]  # [B,N,1]
-
-    def select(self, modulation: Tensor) -> Tensor:
-        """[B,2,width] -> [B,N,width], or [B,1,width] for a model with one level."""
-        unknown = modulation[:, :1]
-        return unknown if self.known is None else unknown + self.known * (modulation[:, 1:] - unknown)
+    modulation [B,2,width], known [B,N,1] of 0 and 1 -> [B,N,width]; [B,1,width] for a model with one level.
+    """
+    unknown = modulation[:, :1]
+    return unknown if known is None else unknown + known * (modulation[:, 1:] - unknown)
 
 
 class Block(nn.Module):
@@ -96,14 +95,14 @@ class Block(nn.Module):
         self,
         x: Tensor,
         modulation: Tensor,
-        levels: Levels,
+        known: Tensor | None,
         cos: Tensor,
         sin: Tensor,
         *sources: tuple[Tensor, Tensor],
     ) -> Tensor:
-        """x [B,N,width], modulation [B,2,6,width], tables [N,D/2], of each source k and v [B,heads,L,D]."""
+        """x [B,N,width], modulation [B,2,6,width], known [B,N,1], tables [N,D/2], of a source k and v [B,heads,L,D]."""
         parts = (modulation + self.offset).unbind(2)
-        shift1, scale1, gate1, shift2, scale2, gate2 = (levels.select(part) for part in parts)
+        shift1, scale1, gate1, shift2, scale2, gate2 = (select(part, known) for part in parts)
         x = x + gate1 * self.self_attention(self.norm1(x) * (1 + scale1) + shift1, cos, sin)
         x = x + self.cross_attention(self.norm2(x), *sources)
         return x + gate2 * self.ffn(self.norm3(x) * (1 + scale2) + shift2)
@@ -117,7 +116,7 @@ class Denoiser(nn.Module):
         self.time_embedding = nn.Sequential(nn.Linear(spec.time_features, width), nn.SiLU(), nn.Linear(width, width))
         self.time_projection = nn.Sequential(nn.SiLU(), nn.Linear(width, 6 * width))
         self.pooled_text = nn.Linear(width, width) if spec.pooled_text else None
-        self.blocks = nn.ModuleList(Block(spec) for _ in range(spec.depth))
+        self.blocks = Stack(Block(spec) for _ in range(spec.depth))
         self.norm_out = nn.LayerNorm(width, eps=EPSILON, elementwise_affine=False)
         self.offset_out = nn.Parameter(torch.randn(2, width) / width**0.5)
         self.project_out = nn.Linear(width, spec.token_values)
@@ -137,7 +136,7 @@ class Denoiser(nn.Module):
     ) -> Tensor:
         """tokens [B,N,Pin], time_features [B,2,F], tables [N,D/2], cross_k and cross_v [blocks,B,heads,L,D],
         known [B,N] of 0 and 1, image_k and image_v [blocks,B,heads,M,D] -> velocity [B,N,Pout]."""
-        levels = Levels(known)
+        known = None if known is None else known[..., None]  # [B,N,1]
         time = self.time_embedding(time_features)  # [B,2,width]
         if self.pooled_text is not None:
             time = time + self.pooled_text(cross_v[0].mean(dim=2).flatten(1))[:, None]
@@ -147,8 +146,8 @@ class Denoiser(nn.Module):
         if image_k is not None and image_v is not None:
             pairs.append((image_k, image_v))
         for i, block in enumerate(self.blocks):
-            x = block(x, modulation, levels, rope_cos, rope_sin, *((k[i], v[i]) for k, v in pairs))
-        shift, scale = (levels.select(part) for part in (time[:, :, None] + self.offset_out).unbind(2))
+            x = block(x, modulation, known, rope_cos, rope_sin, *((k[i], v[i]) for k, v in pairs))
+        shift, scale = (select(part, known) for part in (time[:, :, None] + self.offset_out).unbind(2))
         x = self.project_out(self.norm_out(x) * (1 + scale) + shift)
         return x if self.channels is None else x.unflatten(-1, (-1, self.channels)).transpose(-1, -2).flatten(-2)
 

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from tubelet.runtime.spec import ImageEncoderSpec
 
 from .dit import attend, split_heads
+from .stack import Stack
 
 
 class Layer(nn.Module):
@@ -41,7 +42,7 @@ class ImageEncoder(nn.Module):
         self.first = nn.Parameter(torch.zeros(spec.width))  # the class token
         self.positions = nn.Parameter(torch.zeros(spec.tokens, spec.width))
         self.norm = nn.LayerNorm(spec.width)
-        self.layers = nn.ModuleList(Layer(spec) for _ in range(spec.depth))
+        self.layers = Stack(Layer(spec) for _ in range(spec.depth))
 
     def forward(self, pixels: Tensor) -> Tensor:
         """[B,3,size,size] -> [B,1+patches,width]."""

@@ -13,6 +13,8 @@ from torch import Tensor, nn
 
 from tubelet.runtime.spec import TextEncoderSpec
 
+from .stack import Stack
+
 
 class RelativeBias(nn.Module):
     """A learned bias for each head and bucket of distance, exact nearby and logarithmic far away (T5, section 2.1)."""
@@ -64,7 +66,7 @@ class TextEncoder(nn.Module):
     def __init__(self, spec: TextEncoderSpec):
         super().__init__()
         self.embedding = nn.Embedding(spec.vocabulary, spec.width)
-        self.layers = nn.ModuleList(Layer(spec) for _ in range(spec.depth))
+        self.layers = Stack(Layer(spec) for _ in range(spec.depth))
         self.norm = nn.RMSNorm(spec.width, eps=1e-6)
 
     def forward(self, ids: Tensor, mask: Tensor) -> Tensor:

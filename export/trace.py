@@ -13,9 +13,12 @@ from contextlib import contextmanager
 
 import onnx_ir as ir
 import torch
+from torch import Tensor, nn
+from torch.fx.experimental.symbolic_shapes import optimization_hint
 
 from .components import Component
 from .passes import optimize
+from .stack import called, inlined
 from .storage import StoredTensor
 
 OPSET = 23
@@ -26,10 +29,9 @@ STORED_TYPES = {"F32": ir.DataType.FLOAT, "F16": ir.DataType.FLOAT16, "BF16": ir
 def trace(component: Component, tensors: Mapping[str, StoredTensor]) -> ir.Model:
     """Returns the component's graph, to be saved beside the weights files."""
     with _quiet():
-        exported = _export(component)
-        program = torch.onnx.export(exported, dynamo=True, opset_version=OPSET, optimize=False, verbose=False)
-    assert program is not None
-    model = program.model
+        with called(component.module) as firsts:
+            model = _to_onnx(_export(component))
+        model = inlined(model, firsts, _export_one)
     for value in model.graph.initializers.values():
         value.const_value = None
     model = optimize(model)
@@ -51,6 +53,25 @@ def _export(component: Component) -> torch.export.ExportedProgram:
     first, *caches = varying.values()
     dynamic = (first, tuple(caches)) if caches else (first,)
     return torch.export.export(component.module, tuple(examples.values()), dynamic_shapes=dynamic)
+
+
+def _export_one(module: nn.Module, traced: tuple[Tensor, ...]) -> ir.Model:
+    """The graph of a module of a stack, whose extents vary where those of the traced tensors do."""
+    examples = tuple(
+        torch.empty([optimization_hint(extent) for extent in each.shape], dtype=each.dtype, device="meta")
+        for each in traced
+    )
+    varying = tuple(
+        {axis: torch.export.Dim.DYNAMIC for axis, extent in enumerate(each.shape) if not isinstance(extent, int)}
+        for each in traced
+    )
+    return _to_onnx(torch.export.export(module, examples, dynamic_shapes=(varying,)))
+
+
+def _to_onnx(exported: torch.export.ExportedProgram) -> ir.Model:
+    program = torch.onnx.export(exported, dynamo=True, opset_version=OPSET, optimize=False, verbose=False)
+    assert program is not None
+    return program.model
 
 
 def _name_ports(model: ir.Model, component: Component) -> None:
