@@ -84,7 +84,9 @@ def inlined(model: ir.Model, firsts: Mapping[str, Flat], export: Export) -> ir.M
             for index, like in enumerate(weights, start=given):
                 name = prefix + str(like.name).removeprefix("module.")
                 node.replace_input_with(index, _weight(model.graph, name, like))
-    return common.InlinePass()(model).model
+    model = common.InlinePass()(model).model
+    model.opset_imports.pop(DOMAIN, None)
+    return model
 
 
 def _weight(graph: ir.Graph, name: str, like: ir.Value) -> ir.Value:
