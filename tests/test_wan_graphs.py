@@ -130,7 +130,7 @@ def test_both_layouts_make_one_hash(tmp_path: Path, monkeypatch: pytest.MonkeyPa
 def test_weights_are_linked_not_copied(i2v: Checkpoint, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(build_module, "write_graphs", stop)
     seen = []
-    monkeypatch.setattr(build_module.os, "link", lambda source, target: seen.append((source, target)))
+    monkeypatch.setattr("tubelet.export.content.os.link", lambda source, target: seen.append((source, target)))
     with pytest.raises(Stopped):
         build(i2v.folder, tmp_path / "bundle")
     assert {target.name for _, target in seen} == set(i2v.files) - {"made.safetensors"}
@@ -138,7 +138,7 @@ def test_weights_are_linked_not_copied(i2v: Checkpoint, tmp_path: Path, monkeypa
     def refuse(source: Path, target: Path) -> None:
         raise OSError(18, "Invalid cross-device link")
 
-    monkeypatch.setattr(build_module.os, "link", refuse)
+    monkeypatch.setattr("tubelet.export.content.os.link", refuse)
     with pytest.raises(UserError, match=r"Invalid cross-device link; .* or copy with --copy"):
         build(i2v.folder, tmp_path / "bundle")
     with pytest.raises(Stopped):
