@@ -198,7 +198,7 @@ CHUNKS = tuple({"B": b, "t": t, "h": h, "w": w} for b, t, h, w in ((1, 2, 6, 8),
 
 
 def vae_components(spec: VaeSpec, vae: nn.Module) -> list[Component]:
-    """Both halves, each as a clip's first frame and the chunks after it; a decoder that does not stream as one graph."""
+    """Both halves, each as a clip's first frame and the chunks after it; one graph for what does not stream."""
     scale, step = spec.spatial_factor, spec.temporal_factor
     latents = Port(("B", spec.latent_channels, "t", "h", "w"))
     pixels = Port(("B", 3, f"{step}*t", f"{scale}*h", f"{scale}*w"))

@@ -92,8 +92,8 @@ class Request:
         """Fills in the model's defaults.
 
         A guidance that is given holds for both experts, unless another is given for low noise. A default shift may
-        depend on the clip's tokens; of a clip made in parts it is the largest that the model takes. Raises UserError for a
-        value of the wrong type, and for a seed or a guidance out of range.
+        depend on the clip's tokens; of a clip made in parts it is the largest that the model takes. Raises UserError
+        for a value of the wrong type, and for a seed or a guidance out of range.
         """
         require(
             self.guidance_low is None or spec.boundary is not None,

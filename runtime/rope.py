@@ -1,7 +1,7 @@
 """Rotary tables of a clip: what each kind of denoiser turns its queries and keys by.
 
-Flows in: a ModelSpec and a Geometry. Flows out: cosines and sines, float32, in the shape that the denoiser's spec names.
-The graphs have one rotary operation; how a family counts positions is a row of `TABLES`.
+Flows in: a ModelSpec and a Geometry. Flows out: cosines and sines, float32, in the shape that the denoiser's spec
+names. The graphs have one rotary operation; how a family counts positions is a row of `TABLES`.
 """
 
 from __future__ import annotations
@@ -41,9 +41,10 @@ def _of_places(spec: ModelSpec, denoiser: LtxDenoiserSpec, geometry: Geometry) -
     """
     _, ph, pw = denoiser.patch
     side = spec.vae.spatial_factor
-    steps = (spec.vae.temporal_factor / spec.fps, side * ph, side * pw)
+    steps = np.array((spec.vae.temporal_factor / spec.fps, side * ph, side * pw), np.float32)
     grid = np.meshgrid(*(np.arange(count, dtype=np.float32) for count in geometry.grid), indexing="ij")
-    places = np.stack([axis.ravel() for axis in grid], axis=1) * np.float32(steps) / np.float32(denoiser.extent)  # [N, 3]
+    tokens = np.stack([axis.ravel() for axis in grid], axis=1)  # [N, 3]
+    places = tokens * steps / np.array(denoiser.extent, np.float32)
     angles = (places * 2 - 1)[:, None] * _frequencies(denoiser.width // 6, denoiser.theta)[:, None]  # [N, n, 3]
     return _by_head(np.cos(angles), 1, denoiser), _by_head(np.sin(angles), 0, denoiser)
 

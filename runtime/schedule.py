@@ -13,8 +13,8 @@ models were tuned with them. With s(u) = shift u / (1 + (shift - 1) u):
   smallest level is shifted twice. timestep = 1000 sigma.
 * `unipc`, as UniPCMultistepScheduler with flow sigmas: s(u) for the first `steps` of `steps` + 1 values u from 1 down
   to 0.001, and 1 - 1e-6 in place of 1, where log-SNR is infinite. timestep = floor(1000 sigma).
-* `stretched`, as FlowMatchEulerDiscreteScheduler with dynamic shift and a terminal, which LTX-Video has: s(u) for `steps`
-  values u from 1 down to 1 / steps, moved away from 1 in proportion until the last is 0.1. timestep = 1000 sigma.
+* `stretched`, as FlowMatchEulerDiscreteScheduler with dynamic shift and a terminal, which LTX-Video has: s(u) for
+  `steps` values u from 1 down to 1 / steps, moved away from 1 in proportion, the last to 0.1. timestep = 1000 sigma.
 """
 
 from __future__ import annotations

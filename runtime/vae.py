@@ -28,7 +28,8 @@ PORTS = {"vae_decoder": ("latents", "pixels"), "vae_encoder": ("pixels", "latent
 def decode(vae: VaeSpec, engines: Components, latent: Float32) -> Iterator[Frames]:
     """Yields the frames of a normalised latent [C,T',H',W'], a chunk at a time.
 
-    Memory does not grow with duration, but for the frames where there are tiles; with a VAE that does not stream it does.
+    Memory does not grow with duration, but for the frames where there are tiles. A VAE that does not stream yields all
+    frames at once, and its memory grows.
     """
     times, rows, columns = latent.shape[1:]
     chunks = _chunks(times, vae.chunk) if vae.streams else [slice(0, times)]

@@ -29,11 +29,12 @@ from tubelet.export.components import Component, build_modules, components
 from tubelet.export.dit import Conditioner, Denoiser
 from tubelet.export.estimate import KINDS as KINDS_OF_COMPONENTS
 from tubelet.export.lora import Lora, merged
+from tubelet.export.names import Layout
 from tubelet.export.profiles import choose
 from tubelet.export.storage import digest
 from tubelet.export.traffic import Shape
 from tubelet.export.wan import open_wan
-from tubelet.export.wan_names import TRANSFORMER, Layout
+from tubelet.export.wan_names import TRANSFORMER
 from tubelet.runtime import Pipeline, Request, UserError
 from tubelet.runtime.bundle import required
 from tubelet.runtime.canvas import Canvas
