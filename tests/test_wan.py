@@ -23,9 +23,9 @@ from numpy.typing import NDArray
 from PIL import Image
 from published import KINDS, TEXTS, pipeline, randomise, renamed, write_diffusers, write_original
 from safetensors.torch import load_file, save_file
+from torch_engines import TorchEngines
 
 from tubelet.export.checkpoint import Checkpoint
-from tubelet.export.components import Component, build_modules, components
 from tubelet.export.dit import Conditioner, Denoiser
 from tubelet.export.estimate import KINDS as KINDS_OF_COMPONENTS
 from tubelet.export.lora import Lora, merged
@@ -39,7 +39,6 @@ from tubelet.runtime import Pipeline, Request, UserError
 from tubelet.runtime.bundle import required
 from tubelet.runtime.canvas import Canvas
 from tubelet.runtime.kernels import pack, rope3d, unpack
-from tubelet.runtime.loop import HostLoop, Steps
 from tubelet.runtime.residency import PARTS
 from tubelet.runtime.schedule import time_features
 from tubelet.runtime.spec import DenoiserSpec
@@ -49,47 +48,6 @@ from tubelet.runtime.text import clean
 
 STEPS, SHIFT = 8, 3.0
 DENOISING = ("denoiser", "conditioner")
-
-
-class TorchEngine:
-    def __init__(self, component: Component):
-        self._component = component
-
-    @torch.no_grad()
-    def __call__(self, inputs: Mapping[str, NDArray[Any]]) -> dict[str, Any]:
-        results = self._component.run({name: torch.from_numpy(value) for name, value in inputs.items()})
-        return {name: r.numpy() for name, r in zip(self._component.outputs, results, strict=True)}
-
-    advance = __call__
-
-    def bind(self, inputs: Mapping[str, Any], outputs: Mapping[str, Any]) -> SimpleNamespace:
-        return SimpleNamespace(run=lambda: np.copyto(outputs["velocity"], self(inputs)["velocity"]))
-
-
-class TorchEngines:
-    """A checkpoint's modules as a pipeline's engines."""
-
-    def __init__(self, checkpoint: Checkpoint):
-        with torch.device("meta"):
-            parts = components(checkpoint.spec, build_modules(checkpoint.spec))
-        self.used: list[str] = []
-        self._parts = {part.name: part for part in parts}
-        for part in parts:
-            for name, tensor in part.module.state_dict().items():
-                assert tuple(tensor.shape) == checkpoint.tensors[part.weights + name].shape
-            part.module.load_state_dict(
-                {n: checkpoint.read(part.weights + n).float() for n in part.module.state_dict()}, assign=True
-            )
-
-    def __getitem__(self, name: str) -> TorchEngine:
-        self.used.append(name)
-        return TorchEngine(self._parts[name])
-
-    def check(self, geometry: Any, batch: int) -> None:
-        """Any clip."""
-
-    def loop(self, steps: Steps) -> HostLoop:
-        return HostLoop(self[steps.denoiser], steps)
 
 
 @dataclasses.dataclass(frozen=True)

@@ -1,0 +1,57 @@
+"""A small LTX-Video as diffusers has it, with random weights."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from published import randomise, tokenizer
+
+HEADS, HEAD, DEPTH, TEXT, CHANNELS = 4, 10, 2, 32, 8  # the width is no multiple of 6, as the published one
+WIDTHS, LAYERS = (4, 8, 16, 16), (2, 1, 1, 1, 2)
+SCHEDULER = {
+    "use_dynamic_shifting": True, "base_shift": 0.95, "max_shift": 2.05, "base_image_seq_len": 1024,
+    "max_image_seq_len": 4096, "shift_terminal": 0.1,
+}  # fmt: skip
+
+
+def vae() -> Any:
+    from diffusers import AutoencoderKLLTXVideo
+
+    made = AutoencoderKLLTXVideo(
+        latent_channels=CHANNELS, block_out_channels=WIDTHS, decoder_block_out_channels=WIDTHS,
+        layers_per_block=LAYERS, decoder_layers_per_block=LAYERS,
+    )  # fmt: skip
+    generator = torch.Generator().manual_seed(6)
+    made.latents_mean.normal_(generator=generator)
+    made.latents_std.uniform_(0.5, 2.0, generator=generator)
+    return randomise(made, 2)
+
+
+def pipeline() -> Any:
+    """A pipeline of diffusers' with random weights."""
+    from diffusers import FlowMatchEulerDiscreteScheduler, LTXPipeline, LTXVideoTransformer3DModel
+    from transformers import PreTrainedTokenizerFast, T5Config, T5EncoderModel
+
+    words = tokenizer()
+    text_encoder = T5EncoderModel(
+        T5Config(
+            vocab_size=words.get_vocab_size(), d_model=TEXT, d_kv=8, d_ff=64, num_layers=2, num_heads=4,
+            feed_forward_proj="gated-gelu",
+        )
+    )  # fmt: skip
+    transformer = LTXVideoTransformer3DModel(
+        in_channels=CHANNELS, out_channels=CHANNELS, num_attention_heads=HEADS, attention_head_dim=HEAD,
+        cross_attention_dim=HEADS * HEAD, num_layers=DEPTH, caption_channels=TEXT,
+    )  # fmt: skip
+    made = LTXPipeline(
+        tokenizer=PreTrainedTokenizerFast(
+            tokenizer_object=words, pad_token="<pad>", eos_token="</s>", unk_token="<unk>"
+        ),
+        text_encoder=randomise(text_encoder, 1),
+        vae=vae(),
+        scheduler=FlowMatchEulerDiscreteScheduler(**SCHEDULER),
+        transformer=randomise(transformer, 3),
+    )
+    made.set_progress_bar_config(disable=True)
+    return made
