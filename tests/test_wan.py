@@ -23,7 +23,7 @@ from numpy.typing import NDArray
 from PIL import Image
 from published import KINDS, TEXTS, pipeline, randomise, renamed, write_diffusers, write_original
 from safetensors.torch import load_file, save_file
-from torch_engines import TorchEngines
+from torch_engines import TorchEngines, painted
 
 from tubelet.export.checkpoint import Checkpoint
 from tubelet.export.dit import Conditioner, Denoiser
@@ -42,7 +42,6 @@ from tubelet.runtime.kernels import pack, rope3d, unpack
 from tubelet.runtime.residency import PARTS
 from tubelet.runtime.schedule import time_features
 from tubelet.runtime.spec import DenoiserSpec
-from tubelet.runtime.studio import Studio
 from tubelet.runtime.targets import Choice
 from tubelet.runtime.text import clean
 
@@ -153,7 +152,7 @@ def test_image_to_video_is_diffusers(
     shown = {0: first, frames - 1: last} if kind.pictures == 2 else {0: first}
 
     request = _request(width, height, frames, low)
-    canvas = _canvas(model.ours, request, shown, frames, noise)
+    canvas = dataclasses.replace(painted(model.ours, request, shown, frames), noise=noise)
     found = _finished(model.ours, request, canvas)
     pictures = {"image": Image.fromarray(first)}
     if kind.pictures == 2:
@@ -242,25 +241,6 @@ def _arguments(width: int, height: int, frames: int, low: float | None, noise: N
         "num_frames": frames, "num_inference_steps": STEPS, "guidance_scale": 3.0, "guidance_scale_2": low,
         "latents": torch.from_numpy(noise)[None], "output_type": "latent",
     }  # fmt: skip
-
-
-def _canvas(
-    ours: Pipeline, request: Request, shown: Mapping[int, NDArray[np.uint8]], frames: int, noise: NDArray[np.float32]
-) -> Canvas:
-    """The first canvas that the studio paints for these pictures, with this noise."""
-    painted: list[Canvas] = []
-
-    class Stopped(Exception):
-        pass
-
-    def prepare(request: Request, canvas: Canvas) -> None:
-        painted.append(canvas)
-        raise Stopped
-
-    stopping = SimpleNamespace(spec=ours.spec, encode=ours.encode, prepare=prepare)
-    with pytest.raises(Stopped):
-        Studio(stopping)._paint_around(request, shown, frames)  # type: ignore[arg-type]
-    return dataclasses.replace(painted[0], noise=noise)
 
 
 def _finished(ours: Pipeline, request: Request, canvas: Canvas) -> NDArray[np.float32]:

@@ -1,4 +1,4 @@
-"""The reference models in the place of engines: a checkpoint's modules, run by torch."""
+"""The reference models in the place of engines: a checkpoint's modules, run by torch; and what they are given."""
 
 from __future__ import annotations
 
@@ -7,12 +7,16 @@ from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
+import pytest
 import torch
 from numpy.typing import NDArray
 
 from tubelet.export.checkpoint import Checkpoint
 from tubelet.export.components import Component, build_modules, components
+from tubelet.runtime import Pipeline, Request
+from tubelet.runtime.canvas import Canvas
 from tubelet.runtime.loop import HostLoop, Steps
+from tubelet.runtime.studio import Studio
 
 
 class TorchEngine:
@@ -54,3 +58,20 @@ class TorchEngines:
 
     def loop(self, steps: Steps) -> HostLoop:
         return HostLoop(self[steps.denoiser], steps)
+
+
+def painted(ours: Pipeline, request: Request, shown: Mapping[int, NDArray[np.uint8]], frames: int) -> Canvas:
+    """The first canvas that the studio paints for pictures at these frames."""
+    canvases: list[Canvas] = []
+
+    class Stopped(Exception):
+        pass
+
+    def prepare(request: Request, canvas: Canvas) -> None:
+        canvases.append(canvas)
+        raise Stopped
+
+    stopping = SimpleNamespace(spec=ours.spec, encode=ours.encode, prepare=prepare)
+    with pytest.raises(Stopped):
+        Studio(stopping)._paint_around(request, shown, frames)  # type: ignore[arg-type]
+    return canvases[0]
