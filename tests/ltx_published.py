@@ -1,12 +1,22 @@
-"""A small LTX-Video as diffusers has it, with random weights."""
+"""A small LTX-Video as diffusers has it, with random weights, and one request of both pipelines."""
 
 from __future__ import annotations
 
 from typing import Any
 
+import numpy as np
 import torch
-from published import randomise, tokenizer
+from numpy.typing import NDArray
+from published import TEXTS, randomise, tokenizer
 
+from tubelet.runtime import Pipeline, Request
+from tubelet.runtime.canvas import Canvas
+from tubelet.runtime.geometry import plan
+from tubelet.runtime.kernels import pack
+from tubelet.runtime.spec import ModelSpec
+
+Latent = NDArray[np.float32]
+STEPS = 8
 HEADS, HEAD, DEPTH, TEXT, CHANNELS = 4, 10, 2, 32, 8  # the width is no multiple of 6, as the published one
 WIDTHS, LAYERS = (4, 8, 16, 16), (2, 1, 1, 1, 2)
 SCHEDULER = {
@@ -55,3 +65,32 @@ def pipeline() -> Any:
     )
     made.set_progress_bar_config(disable=True)
     return made
+
+
+def request(width: int, height: int, frames: int) -> Request:
+    return Request(
+        TEXTS[1], negative_prompt="blurry", width=width, height=height, frames=frames, steps=STEPS, guidance=3.0
+    )
+
+
+def arguments(width: int, height: int, frames: int, latents: Latent) -> dict[str, Any]:
+    return {
+        "prompt": TEXTS[1], "negative_prompt": "blurry", "width": width, "height": height, "num_frames": frames,
+        "num_inference_steps": STEPS, "guidance_scale": 3.0, "output_type": "latent",
+        "latents": torch.from_numpy(pack(latents, (1, 1, 1)))[None],
+    }  # fmt: skip
+
+
+def noise_of(spec: ModelSpec, width: int, height: int, frames: int) -> Latent:
+    shape = plan(spec, width, height, frames).latent
+    return np.random.default_rng(0).standard_normal((spec.vae.latent_channels, *shape), np.float32)
+
+
+def finished(ours: Pipeline, request: Request, canvas: Canvas) -> Latent:
+    generation = ours.prepare(request, canvas)
+    ours.finish(generation)
+    return ours.latent(generation)
+
+
+def relative(found: Any, wanted: Any) -> float:
+    return float(np.linalg.norm(np.asarray(found) - np.asarray(wanted)) / np.linalg.norm(np.asarray(wanted)))
