@@ -143,8 +143,8 @@ class LtxEncoder(nn.Module):
         for level in self.levels:
             x = level(x, history)
         x = self.conv_out(F.silu(self.norm_out(self.middle(x, history))), history)
-        log_variance = x[:, -1:]  # of all channels
-        return torch.cat([x, *[log_variance] * (self.channels - 1)], dim=1)
+        log_variance = x[:, -1:].expand(-1, self.channels - 1, -1, -1, -1)  # one for all channels
+        return torch.cat([x, log_variance], dim=1)
 
 
 class LtxDecoder(nn.Module):

@@ -25,12 +25,16 @@ SCHEDULER = {
 }  # fmt: skip
 
 
-def vae() -> Any:
+def vae(widths: tuple[int, ...], layers: tuple[int, ...]) -> Any:
     from diffusers import AutoencoderKLLTXVideo
 
+    scales, kind = (True,) * (len(widths) - 1) + (False,), ("LTXVideoDownBlock3D",) * len(widths)
     made = AutoencoderKLLTXVideo(
-        latent_channels=CHANNELS, block_out_channels=WIDTHS, decoder_block_out_channels=WIDTHS,
-        layers_per_block=LAYERS, decoder_layers_per_block=LAYERS,
+        latent_channels=CHANNELS, down_block_types=kind, block_out_channels=widths, decoder_block_out_channels=widths,
+        layers_per_block=layers, decoder_layers_per_block=layers, spatio_temporal_scaling=scales,
+        decoder_spatio_temporal_scaling=scales, decoder_inject_noise=(False,) * (len(widths) + 1),
+        downsample_type=("conv",) * len(widths), upsample_residual=(False,) * len(widths),
+        upsample_factor=(1,) * len(widths),
     )  # fmt: skip
     generator = torch.Generator().manual_seed(6)
     made.latents_mean.normal_(generator=generator)
@@ -38,28 +42,28 @@ def vae() -> Any:
     return randomise(made, 2)
 
 
-def pipeline() -> Any:
-    """A pipeline of diffusers' with random weights."""
+def pipeline(widths: tuple[int, ...] = WIDTHS, layers: tuple[int, ...] = LAYERS, depth: int = DEPTH) -> Any:
+    """A pipeline of diffusers' with random weights, and a VAE of these resolutions and blocks."""
     from diffusers import FlowMatchEulerDiscreteScheduler, LTXPipeline, LTXVideoTransformer3DModel
     from transformers import PreTrainedTokenizerFast, T5Config, T5EncoderModel
 
     words = tokenizer()
     text_encoder = T5EncoderModel(
         T5Config(
-            vocab_size=words.get_vocab_size(), d_model=TEXT, d_kv=8, d_ff=64, num_layers=2, num_heads=4,
+            vocab_size=words.get_vocab_size(), d_model=TEXT, d_kv=8, d_ff=64, num_layers=depth, num_heads=4,
             feed_forward_proj="gated-gelu",
         )
     )  # fmt: skip
     transformer = LTXVideoTransformer3DModel(
         in_channels=CHANNELS, out_channels=CHANNELS, num_attention_heads=HEADS, attention_head_dim=HEAD,
-        cross_attention_dim=HEADS * HEAD, num_layers=DEPTH, caption_channels=TEXT,
+        cross_attention_dim=HEADS * HEAD, num_layers=depth, caption_channels=TEXT,
     )  # fmt: skip
     made = LTXPipeline(
         tokenizer=PreTrainedTokenizerFast(
             tokenizer_object=words, pad_token="<pad>", eos_token="</s>", unk_token="<unk>"
         ),
         text_encoder=randomise(text_encoder, 1),
-        vae=vae(),
+        vae=vae(widths, layers),
         scheduler=FlowMatchEulerDiscreteScheduler(**SCHEDULER),
         transformer=randomise(transformer, 3),
     )

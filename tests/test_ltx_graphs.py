@@ -28,8 +28,8 @@ GRIDS = ((1, 1, 1), (1, 2, 3), (1, 5, 5), (2, 2, 2), (3, 3, 5), (3, 5, 3), (2, 4
 
 @pytest.fixture(scope="module")
 def made(tmp_path_factory: pytest.TempPathFactory) -> tuple[Any, Path, Bundle]:
-    """diffusers' pipeline, its folder, and the bundle made from it."""
-    theirs, folder = pipeline(), tmp_path_factory.mktemp("ltx")
+    """diffusers' pipeline, its folder, and the bundle made from it; with a VAE of 2x8x8, since tracing takes a while."""
+    theirs, folder = pipeline((4, 8), (1, 1, 1), depth=1), tmp_path_factory.mktemp("ltx")
     theirs.save_pretrained(folder / "ltx")
     return theirs, folder / "ltx", build(folder / "ltx", folder / "bundle")
 
@@ -42,7 +42,7 @@ def test_every_graph_is_its_module(made: tuple[Any, Path, Bundle]) -> None:
     assert "vae_decoder_first" not in bundle.manifest.components
 
 
-@pytest.mark.parametrize("clip", [(96, 160, 17), (96, 64, 1)])
+@pytest.mark.parametrize("clip", [(64, 96, 5), (32, 64, 1)])
 def test_the_bundle_gives_diffusers_latents(made: tuple[Any, Path, Bundle], clip: tuple[int, int, int]) -> None:
     """1e-4 after eight steps with guidance, in portrait and of one frame."""
     theirs, _, bundle = made
@@ -90,5 +90,5 @@ def test_a_clip_decoded_whole_has_frames_in_its_extents(made: tuple[Any, Path, B
     _, _, bundle = made
     part = bundle.manifest.components["vae_decoder"]
     shape = {"B": 1, "t": 3, "h": 2, "w": 5}
-    assert sizes(part.outputs["pixels"], shape) == (1, 3, 17, 64, 160)
-    assert extents(part.outputs, {"pixels": (1, 3, 17, 64, 160)}) == shape
+    assert sizes(part.outputs["pixels"], shape) == (1, 3, 5, 16, 40)
+    assert extents(part.outputs, {"pixels": (1, 3, 5, 16, 40)}) == shape
