@@ -25,12 +25,12 @@ SCHEDULER = {
 }  # fmt: skip
 
 
-def vae(widths: tuple[int, ...], layers: tuple[int, ...]) -> Any:
+def vae(encoder_widths: tuple[int, ...], widths: tuple[int, ...], layers: tuple[int, ...]) -> Any:
     from diffusers import AutoencoderKLLTXVideo
 
     scales, kind = (True,) * (len(widths) - 1) + (False,), ("LTXVideoDownBlock3D",) * len(widths)
     made = AutoencoderKLLTXVideo(
-        latent_channels=CHANNELS, down_block_types=kind, block_out_channels=widths, decoder_block_out_channels=widths,
+        latent_channels=CHANNELS, down_block_types=kind, block_out_channels=encoder_widths, decoder_block_out_channels=widths,
         layers_per_block=layers, decoder_layers_per_block=layers, spatio_temporal_scaling=scales,
         decoder_spatio_temporal_scaling=scales, decoder_inject_noise=(False,) * (len(widths) + 1),
         downsample_type=("conv",) * len(widths), upsample_residual=(False,) * len(widths),
@@ -42,7 +42,12 @@ def vae(widths: tuple[int, ...], layers: tuple[int, ...]) -> Any:
     return randomise(made, 2)
 
 
-def pipeline(widths: tuple[int, ...] = WIDTHS, layers: tuple[int, ...] = LAYERS, depth: int = DEPTH) -> Any:
+def pipeline(
+    encoder_widths: tuple[int, ...] = WIDTHS,
+    widths: tuple[int, ...] = WIDTHS,
+    layers: tuple[int, ...] = LAYERS,
+    depth: int = DEPTH,
+) -> Any:
     """A pipeline of diffusers' with random weights, and a VAE of these resolutions and blocks."""
     from diffusers import FlowMatchEulerDiscreteScheduler, LTXPipeline, LTXVideoTransformer3DModel
     from transformers import PreTrainedTokenizerFast, T5Config, T5EncoderModel
@@ -63,7 +68,7 @@ def pipeline(widths: tuple[int, ...] = WIDTHS, layers: tuple[int, ...] = LAYERS,
             tokenizer_object=words, pad_token="<pad>", eos_token="</s>", unk_token="<unk>"
         ),
         text_encoder=randomise(text_encoder, 1),
-        vae=vae(widths, layers),
+        vae=vae(encoder_widths, widths, layers),
         scheduler=FlowMatchEulerDiscreteScheduler(**SCHEDULER),
         transformer=randomise(transformer, 3),
     )
