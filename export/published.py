@@ -88,6 +88,12 @@ def _diffusers(folder: Path) -> Release:
     for name in ("transformer", "text_encoder", "vae"):
         require(name in parts and bool(parts[name].found), f"{folder} has no {name}; download it again")
     low = [parts["transformer_2"]] if "transformer_2" in parts else []
+    tokenizer = folder / "tokenizer" / TOKENIZER
+    require(
+        tokenizer.is_file(),
+        f"{tokenizer} is missing; download the whole release, or where it has only spiece.model, write it with "
+        f"transformers: AutoTokenizer.from_pretrained(folder).save_pretrained(folder) of {tokenizer.parent}",
+    )
     return Release(
         layout=Layout.DIFFUSERS,
         folder=folder,
@@ -95,7 +101,7 @@ def _diffusers(folder: Path) -> Release:
         text_encoder=parts["text_encoder"],
         image_encoder=parts.get("image_encoder"),
         vae=parts["vae"],
-        tokenizer=_file(folder / "tokenizer" / TOKENIZER),
+        tokenizer=tokenizer,
         per_token=bool(index.get("expand_timesteps", False)),
         boundary=index.get("boundary_ratio"),
     )

@@ -30,8 +30,8 @@ def vae(encoder_widths: tuple[int, ...], widths: tuple[int, ...], layers: tuple[
 
     scales, kind = (True,) * (len(widths) - 1) + (False,), ("LTXVideoDownBlock3D",) * len(widths)
     made = AutoencoderKLLTXVideo(
-        latent_channels=CHANNELS, down_block_types=kind, block_out_channels=encoder_widths, decoder_block_out_channels=widths,
-        layers_per_block=layers, decoder_layers_per_block=layers, spatio_temporal_scaling=scales,
+        latent_channels=CHANNELS, down_block_types=kind, block_out_channels=encoder_widths,
+        decoder_block_out_channels=widths, layers_per_block=layers, decoder_layers_per_block=layers, spatio_temporal_scaling=scales,
         decoder_spatio_temporal_scaling=scales, decoder_inject_noise=(False,) * (len(widths) + 1),
         downsample_type=("conv",) * len(widths), upsample_residual=(False,) * len(widths),
         upsample_factor=(1,) * len(widths),

@@ -240,6 +240,10 @@ def damage_weights(folder: Path) -> None:
         save_file(weights, file)
 
 
+def lose_tokenizer(folder: Path) -> None:
+    (folder / "tokenizer" / "tokenizer.json").unlink()
+
+
 def edit(file: str, **values: Any) -> Any:
     def change(folder: Path) -> None:
         config = json.loads((folder / file).read_text())
@@ -255,6 +259,7 @@ def edit(file: str, **values: Any) -> Any:
             damage_weights,
             "missing: decoder.conv_in.conv.weight; unknown: extra.enc.*; wrong shape: encoder.conv_in",
         ),
+        (lose_tokenizer, "tokenizer.json is missing; .*only spiece.model, write it with transformers"),
         (edit("vae/config.json", timestep_conditioning=True), "conditioned on a noise level.*only the VAE of 0.9.0"),
         (edit("vae/config.json", decoder_causal=True), "has decoder_causal True; only False is supported"),
         (edit("vae/config.json", patch_size="4"), "patch_size must be int, is '4'"),
