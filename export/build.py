@@ -30,13 +30,15 @@ from .checkpoint import SPEC, Checkpoint
 from .components import build_modules, components
 from .content import graph_digest, place, weight_line, weights_digest
 from .lora import Lora, merged
+from .ltx import open_ltx
 from .parity import measure
-from .published import is_published
+from .published import is_published, pipeline_class
 from .storage import digest
 from .trace import trace
 from .wan import open_wan
 
 Report = Callable[[str], None]
+READERS = {"LTXPipeline": open_ltx, "LTXImageToVideoPipeline": open_ltx}  # by diffusers' class; all others are of Wan
 
 
 def build(
@@ -82,7 +84,7 @@ def build(
 def open_checkpoint(folder: Path) -> Checkpoint:
     """Reads a checkpoint in tubelet's own layout or in one of the published ones."""
     own = (folder / SPEC).is_file() or not is_published(folder)
-    return Checkpoint.open(folder) if own else open_wan(folder)
+    return Checkpoint.open(folder) if own else READERS.get(str(pipeline_class(folder)), open_wan)(folder)
 
 
 def _records(folder: Path, on_stage: Report) -> dict[str, FileRecord]:

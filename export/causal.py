@@ -6,7 +6,7 @@ needs. No layer loops over frames, and chunks are the same arithmetic as the who
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 
 import torch
 import torch.nn.functional as F
@@ -16,7 +16,7 @@ from torch import Tensor, nn
 class History:
     """Threads the causal caches through one pass, in the order in which the layers run.
 
-    `first` is a pass without a past; its caches are zeros, which is causal padding.
+    `first` is a pass without a past; its caches are zeros, which is causal padding, or copies of the first frame.
     """
 
     def __init__(self, past: Sequence[Tensor] | None):
@@ -27,8 +27,14 @@ class History:
     def extend(self, x: Tensor, frames: int) -> Tensor:
         """Prepends the last `frames` frames of the past to `x` and remembers the last ones of the result."""
         b, c, _, h, w = x.shape
-        past = x.new_zeros(b, c, frames, h, w) if self.first else next(self._past)
-        x = torch.cat([past, x], dim=2)
+        return self._extend(x, frames, lambda: x.new_zeros(b, c, frames, h, w))
+
+    def repeat(self, x: Tensor, frames: int) -> Tensor:
+        """The same, where the first frame stands before a clip."""
+        return self._extend(x, frames, lambda: torch.cat([x[:, :, :1]] * frames, dim=2))
+
+    def _extend(self, x: Tensor, frames: int, before: Callable[[], Tensor]) -> Tensor:
+        x = torch.cat([before() if self.first else next(self._past), x], dim=2)
         self.next.append(x[:, :, -frames:])
         return x
 

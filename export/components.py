@@ -135,7 +135,7 @@ def _keys(spec: DenoiserSpec, length: int | str) -> Port:
 
 
 def _denoiser_inputs(spec: DenoiserSpec, cross: Port) -> dict[str, Port]:
-    rope = Port(("N", spec.head_size // 2))
+    rope = Port(spec.rope_shape)
     inputs = {
         "tokens": Port(("B", "N", spec.token_inputs)),
         "time_features": Port(("B", 2, spec.time_features)),
@@ -148,6 +148,8 @@ def _denoiser_inputs(spec: DenoiserSpec, cross: Port) -> dict[str, Port]:
         inputs["known"] = Port(("B", "N"), below=2)
     if spec.image is not None:
         inputs["image_k"] = inputs["image_v"] = _keys(spec, spec.image.tokens)
+    if spec.text_mask:
+        inputs["text_mask"] = Port(("B", "L"), below=2)
     return inputs
 
 
@@ -192,15 +194,21 @@ class VaeStep(nn.Module):
         return result, *following
 
 
+CHUNKS = tuple({"B": b, "t": t, "h": h, "w": w} for b, t, h, w in ((1, 2, 6, 8), (1, 1, 8, 6), (2, 4, 4, 4)))
+
+
 def vae_components(spec: VaeSpec, vae: nn.Module) -> list[Component]:
-    """Both halves, each as a clip's first frame and the chunks after it."""
-    scale = spec.spatial_factor
+    """Both halves, each as a clip's first frame and the chunks after it; one graph for what does not stream."""
+    scale, step = spec.spatial_factor, spec.temporal_factor
     latents = Port(("B", spec.latent_channels, "t", "h", "w"))
-    pixels = Port(("B", 3, f"{spec.temporal_factor}*t", f"{scale}*h", f"{scale}*w"))
-    return [
-        *_vae_half("vae_decoder", VaeStep(vae, "decode"), ("latents", latents), ("pixels", pixels)),
-        *_vae_half("vae_encoder", VaeStep(vae, "encode"), ("pixels", pixels), ("latents", latents)),
-    ]
+    pixels = Port(("B", 3, f"{step}*t", f"{scale}*h", f"{scale}*w"))
+    decoder = VaeStep(vae, "decode")
+    if spec.streams:
+        decoders = _vae_half("vae_decoder", decoder, ("latents", latents), ("pixels", pixels))
+    else:
+        clip = Port(("B", 3, f"{1 - step}+{step}*t", *pixels.shape[3:]))
+        decoders = [Component("vae_decoder", "", decoder, {"latents": latents}, {"pixels": clip}, CHUNKS)]
+    return [*decoders, *_vae_half("vae_encoder", VaeStep(vae, "encode"), ("pixels", pixels), ("latents", latents))]
 
 
 def _vae_half(name: str, step: nn.Module, source: tuple[str, Port], result: tuple[str, Port]) -> list[Component]:
@@ -213,11 +221,10 @@ def _vae_half(name: str, step: nn.Module, source: tuple[str, Port], result: tupl
     ports = [Port(("B", c, t, _times(h, "h"), _times(w, "w"))) for _, c, t, h, w in shapes]
     caches = {f"cache_{i:02}": port for i, port in enumerate(ports)}
     following = {f"next_{cache}": port for cache, port in caches.items()}
-    extents = tuple({"B": b, "t": t, "h": h, "w": w} for b, t, h, w in ((1, 2, 6, 8), (1, 1, 8, 6), (2, 4, 4, 4)))
-    frames = tuple({axis: size for axis, size in each.items() if axis != "t"} for each in extents)
+    frames = tuple({axis: size for axis, size in each.items() if axis != "t"} for each in CHUNKS)
     return [
         Component(f"{name}_first", "", step, first, first_result | following, frames),
-        Component(name, "", step, dict([source]) | caches, dict([result]) | following, extents),
+        Component(name, "", step, dict([source]) | caches, dict([result]) | following, CHUNKS),
     ]
 
 

@@ -1,4 +1,4 @@
-"""Reference diffusion transformer over spacetime tokens, in the architecture family of Wan 2.x.
+"""Reference diffusion transformer over spacetime tokens, in the architecture family of Wan 2.x and LTX-Video.
 
 Flows in: noisy tokens, features of the noise level, rotary tables and the text's keys and values. Flows out: the
 velocity (noise - clean) of every token. Knows nothing of frames, rows and columns: those live in the rotary tables
@@ -8,19 +8,46 @@ Conditioner and the ImageConditioner.
 
 from __future__ import annotations
 
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from tubelet.runtime.spec import DenoiserSpec, ImageAttentionSpec
+from tubelet.runtime.spec import DenoiserSpec, ImageAttentionSpec, LtxDenoiserSpec
 
 from .stack import Stack
 
 EPSILON = 1e-6
+HIDDEN = -1e4  # what padding's scores are lowered by, as in the reference; float16 holds it
+
+
+@dataclass(frozen=True)
+class Norms:
+    """The norms of a kind of block, by width."""
+
+    modulated: Callable[[int], nn.Module]  # before self-attention and FFN
+    crossing: Callable[[int], nn.Module]  # before cross-attention
+    keys: Callable[[int], nn.Module]  # of queries and keys, across all heads
+
+
+NORMS: Mapping[type[DenoiserSpec], Norms] = {
+    DenoiserSpec: Norms(
+        modulated=lambda width: nn.LayerNorm(width, eps=EPSILON, elementwise_affine=False),
+        crossing=lambda width: nn.LayerNorm(width, eps=EPSILON),
+        keys=lambda width: nn.RMSNorm(width, eps=EPSILON),
+    ),
+    LtxDenoiserSpec: Norms(
+        modulated=lambda width: nn.RMSNorm(width, eps=EPSILON, elementwise_affine=False),
+        crossing=nn.Identity,
+        keys=lambda width: nn.RMSNorm(width, eps=1e-5),
+    ),
+}
 
 
 def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    """Rotates interleaved pairs of [B,heads,N,D] by tables [N,D/2] (RoFormer, eq. 34)."""
+    """Rotates interleaved pairs of [B,heads,N,D] by tables [N,D/2] or [heads,N,D/2] (RoFormer, eq. 34)."""
     even, odd = x.unflatten(-1, (-1, 2)).unbind(-1)
     return torch.stack([even * cos - odd * sin, even * sin + odd * cos], dim=-1).flatten(-2)
 
@@ -30,9 +57,9 @@ def split_heads(x: Tensor, heads: int) -> Tensor:
     return x.unflatten(-1, (heads, -1)).transpose(1, 2)
 
 
-def attend(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-    """Attention over [B,heads,*,D], heads joined again: [B,N,heads*D]."""
-    return F.scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(2)
+def attend(q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None = None) -> Tensor:
+    """Attention over [B,heads,*,D] with scores that `bias` [B,1,N,L] is added to, heads joined: [B,N,heads*D]."""
+    return F.scaled_dot_product_attention(q, k, v, bias).transpose(1, 2).flatten(2)
 
 
 class SelfAttention(nn.Module):
@@ -43,13 +70,16 @@ class SelfAttention(nn.Module):
         self.k = nn.Linear(spec.width, spec.width)
         self.v = nn.Linear(spec.width, spec.width)
         self.o = nn.Linear(spec.width, spec.width)
-        self.norm_q = nn.RMSNorm(spec.width, eps=EPSILON)
-        self.norm_k = nn.RMSNorm(spec.width, eps=EPSILON)
+        self.norm_q = NORMS[type(spec)].keys(spec.width)
+        self.norm_k = NORMS[type(spec)].keys(spec.width)
 
     def forward(self, x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
         q = rotate(split_heads(self.norm_q(self.q(x)), self.heads), cos, sin)
         k = rotate(split_heads(self.norm_k(self.k(x)), self.heads), cos, sin)
         return self.o(attend(q, k, split_heads(self.v(x), self.heads)))
+
+
+Source = tuple[Tensor, Tensor, Tensor | None]  # keys and values [B,heads,L,D], and a bias on scores [B,1,N,L]
 
 
 class CrossAttention(nn.Module):
@@ -60,12 +90,12 @@ class CrossAttention(nn.Module):
         self.heads = spec.heads
         self.q = nn.Linear(spec.width, spec.width)
         self.o = nn.Linear(spec.width, spec.width)
-        self.norm_q = nn.RMSNorm(spec.width, eps=EPSILON)
+        self.norm_q = NORMS[type(spec)].keys(spec.width)
 
-    def forward(self, x: Tensor, *sources: tuple[Tensor, Tensor]) -> Tensor:
-        """x [B,N,width]; of each source k and v [B,heads,L,D]. What is read from the sources adds up."""
+    def forward(self, x: Tensor, *sources: Source) -> Tensor:
+        """x [B,N,width]. What is read from the sources adds up."""
         q = split_heads(self.norm_q(self.q(x)), self.heads)
-        first, *others = (attend(q, k, v) for k, v in sources)
+        first, *others = (attend(q, *source) for source in sources)
         return self.o(sum(others, first))
 
 
@@ -81,11 +111,12 @@ def select(modulation: Tensor, known: Tensor | None) -> Tensor:
 class Block(nn.Module):
     def __init__(self, spec: DenoiserSpec):
         super().__init__()
-        self.norm1 = nn.LayerNorm(spec.width, eps=EPSILON, elementwise_affine=False)
+        norms = NORMS[type(spec)]
+        self.norm1 = norms.modulated(spec.width)
         self.self_attention = SelfAttention(spec)
-        self.norm2 = nn.LayerNorm(spec.width, eps=EPSILON)
+        self.norm2 = norms.crossing(spec.width)
         self.cross_attention = CrossAttention(spec)
-        self.norm3 = nn.LayerNorm(spec.width, eps=EPSILON, elementwise_affine=False)
+        self.norm3 = norms.modulated(spec.width)
         self.ffn = nn.Sequential(
             nn.Linear(spec.width, spec.ffn_width), nn.GELU(approximate="tanh"), nn.Linear(spec.ffn_width, spec.width)
         )
@@ -98,9 +129,9 @@ class Block(nn.Module):
         known: Tensor | None,
         cos: Tensor,
         sin: Tensor,
-        *sources: tuple[Tensor, Tensor],
+        *sources: Source,
     ) -> Tensor:
-        """x [B,N,width], modulation [B,2,6,width], known [B,N,1], tables [N,D/2], of a source k and v [B,heads,L,D]."""
+        """x [B,N,width], modulation [B,2,6,width], known [B,N,1], tables [N,D/2] or [heads,N,D/2]."""
         parts = (modulation + self.offset).unbind(2)
         shift1, scale1, gate1, shift2, scale2, gate2 = (select(part, known) for part in parts)
         x = x + gate1 * self.self_attention(self.norm1(x) * (1 + scale1) + shift1, cos, sin)
@@ -133,23 +164,30 @@ class Denoiser(nn.Module):
         known: Tensor | None = None,
         image_k: Tensor | None = None,
         image_v: Tensor | None = None,
+        text_mask: Tensor | None = None,
     ) -> Tensor:
-        """tokens [B,N,Pin], time_features [B,2,F], tables [N,D/2], cross_k and cross_v [blocks,B,heads,L,D],
-        known [B,N] of 0 and 1, image_k and image_v [blocks,B,heads,M,D] -> velocity [B,N,Pout]."""
+        """tokens [B,N,Pin], time_features [B,2,F], tables as `spec.rope_shape`, cross_k and cross_v
+        [blocks,B,heads,L,D], known [B,N] and text_mask [B,L] of 0 and 1, image_k and image_v [blocks,B,heads,M,D]
+        -> velocity [B,N,Pout]."""
         known = None if known is None else known[..., None]  # [B,N,1]
         time = self.time_embedding(time_features)  # [B,2,width]
         if self.pooled_text is not None:
             time = time + self.pooled_text(cross_v[0].mean(dim=2).flatten(1))[:, None]
         modulation = self.time_projection(time).unflatten(-1, (6, -1))  # [B,2,6,width]
         x = self.embed(tokens)
-        pairs = [(cross_k, cross_v)]
+        pairs: list[Source] = [(cross_k, cross_v, None if text_mask is None else hide(text_mask, x))]
         if image_k is not None and image_v is not None:
-            pairs.append((image_k, image_v))
+            pairs.append((image_k, image_v, None))
         for i, block in enumerate(self.blocks):
-            x = block(x, modulation, known, rope_cos, rope_sin, *((k[i], v[i]) for k, v in pairs))
+            x = block(x, modulation, known, rope_cos, rope_sin, *((k[i], v[i], bias) for k, v, bias in pairs))
         shift, scale = (select(part, known) for part in (time[:, :, None] + self.offset_out).unbind(2))
         x = self.project_out(self.norm_out(x) * (1 + scale) + shift)
         return x if self.channels is None else x.unflatten(-1, (-1, self.channels)).transpose(-1, -2).flatten(-2)
+
+
+def hide(mask: Tensor, x: Tensor) -> Tensor:
+    """What hides text [B,L] where the mask is 0 from tokens [B,N,width]: [B,1,N,L]."""
+    return ((1 - mask) * HIDDEN)[:, None, None].expand(-1, -1, x.shape[1], -1)
 
 
 def keys_and_values(
@@ -173,7 +211,7 @@ class Conditioner(nn.Module):
         )
         self.k = nn.ModuleList(nn.Linear(width, width) for _ in range(spec.depth))
         self.v = nn.ModuleList(nn.Linear(width, width) for _ in range(spec.depth))
-        self.norm_k = nn.ModuleList(nn.RMSNorm(width, eps=EPSILON) for _ in range(spec.depth))
+        self.norm_k = nn.ModuleList(NORMS[type(spec)].keys(width) for _ in range(spec.depth))
 
     def forward(self, embeddings: Tensor) -> tuple[Tensor, Tensor]:
         """[B,L,text_width] -> cross_k, cross_v [blocks,B,heads,L,D]."""
@@ -197,7 +235,7 @@ class ImageConditioner(nn.Module):
         )
         self.k = nn.ModuleList(nn.Linear(width, width) for _ in range(spec.depth))
         self.v = nn.ModuleList(nn.Linear(width, width) for _ in range(spec.depth))
-        self.norm_k = nn.ModuleList(nn.RMSNorm(width, eps=EPSILON) for _ in range(spec.depth))
+        self.norm_k = nn.ModuleList(NORMS[type(spec)].keys(width) for _ in range(spec.depth))
 
     def forward(self, image_embeddings: Tensor) -> tuple[Tensor, Tensor]:
         """[B,M,image width] -> image_k, image_v [blocks,B,heads,M,D]."""

@@ -126,8 +126,8 @@ def _word(spec: ModelSpec, extents: Extents) -> int:
     return extents["B"] * _transformer(spec.captioner.width, spec.captioner.ffn_width)
 
 
-_DECODER = Kind(lambda spec: len(spec.vae.widths) * spec.vae.decoder_blocks, _vae)
-_ENCODER = Kind(lambda spec: len(spec.vae.widths) * spec.vae.encoder_blocks, _vae)
+_DECODER = Kind(lambda spec: spec.vae.decoder_depth, _vae)
+_ENCODER = Kind(lambda spec: spec.vae.encoder_depth, _vae)
 _CONDITIONER = Kind(lambda spec: spec.denoiser.depth, lambda spec, e: 3 * e["B"] * e["L"] * spec.denoiser.width)
 _IMAGE_CONDITIONER = Kind(lambda spec: spec.denoiser.depth, _image_conditioner)
 _DENOISER = Kind(lambda spec: spec.denoiser.depth, _denoiser)

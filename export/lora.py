@@ -23,12 +23,16 @@ from safetensors import safe_open
 from torch import Tensor
 
 from tubelet.runtime.errors import UserError
+from tubelet.runtime.spec import DenoiserSpec, LtxDenoiserSpec
 from tubelet.runtime.strict import require
 
 from .checkpoint import Checkpoint, Made
+from .ltx_names import TRANSFORMER as LTX
+from .names import Names
 from .storage import DTYPES, StoredTensor, read_header, read_values
-from .wan_names import TRANSFORMER
+from .wan_names import TRANSFORMER as WAN
 
+NAMES: Mapping[type[DenoiserSpec], Names] = {DenoiserSpec: WAN, LtxDenoiserSpec: LTX}
 DOWN, UP = ("lora_A.weight", "lora_down.weight"), ("lora_B.weight", "lora_up.weight")
 PARTS = (*DOWN, *UP, "alpha", "diff", "diff_b")
 EXPERTS = {"high": ("",), "low": ("_low",), None: ("", "_low")}
@@ -150,7 +154,7 @@ def _layers(checkpoint: Checkpoint, expert: str | None) -> dict[str, list[str]]:
     require(expert is None or spec.boundary is not None, f"{spec.name} has one denoiser; leave :{expert} out of --lora")
     meant = [name for name in EXPERTS[expert] if name in spec.experts]
     layers: dict[str, list[str]] = {}
-    for row, i in itertools.product(TRANSFORMER.rows, range(spec.denoiser.depth)):
+    for row, i in itertools.product(NAMES[type(spec.denoiser)].rows, range(spec.denoiser.depth)):
         ours, diffusers, original = (name.format(i=i) for name in row)
         module, _, layer = ours.partition(".")
         here = [f"{module}{name}.{layer}" for name in meant]

@@ -210,15 +210,19 @@ def _components(
     text: tuple[Profile, ...] = ({"B": _rows(spec), "L": length},)
     first = tuple({"B": one, **picture} for picture in pictures)
     chunks = tuple({**picture, "t": Range(1, spec.vae.chunk, spec.vae.chunk)} for picture in first)
-    profiles = {
+    profiles: dict[str, tuple[Profile, ...]] = {
         "text_encoder": text,
         **{f"conditioner{expert}": text for expert in spec.experts},
         **{f"denoiser{expert}": tuple({**profile, "L": length} for profile in tokens) for expert in spec.experts},
-        "vae_decoder_first": first,
-        "vae_decoder": chunks,
         "vae_encoder_first": first,
         "vae_encoder": chunks,
     }
+    if spec.vae.streams:
+        profiles |= {"vae_decoder_first": first, "vae_decoder": chunks}
+    else:
+        times = [each.geometry.latent[0] for each in served]
+        whole = Range(min(times), round(float(np.median(times))), max(times))
+        profiles["vae_decoder"] = tuple({**picture, "t": whole} for picture in first)
     if spec.image_encoder is not None:
         profiles["image_encoder"] = ({"B": Range(1, 1, spec.pictures)},)
         profiles |= {f"image_conditioner{expert}": ({"B": _rows(spec)},) for expert in spec.experts}

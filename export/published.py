@@ -1,11 +1,11 @@
-"""The two layouts in which Wan's models are published, read into one Release.
+"""The two layouts in which models are published, read into one Release; of LTX-Video there is only the first.
 
     diffusers   model_index.json, transformer/, transformer_2/, text_encoder/, image_encoder/, vae/, tokenizer/
     original    config.json beside shards, or both under high_noise_model/ and low_noise_model/;
                 models_t5_*.pth, models_clip_*.pth, Wan2.*_VAE.pth, google/umt5-xxl/
 
 Flows in: a folder. Flows out: each part's config and tensors by their published names, the values still on disk. Knows
-nothing of what the parameters mean: see `wan.py`.
+nothing of what the parameters mean: see `wan.py` and `ltx.py`.
 """
 
 from __future__ import annotations
@@ -20,8 +20,8 @@ from tubelet.runtime.bundle import TOKENIZER
 from tubelet.runtime.errors import UserError
 from tubelet.runtime.strict import require
 
+from .names import Layout
 from .storage import StoredTensor, read_header, read_pth
-from .wan_names import Layout
 
 STEMS = ("diffusion_pytorch_model", "model")  # what a folder's weights are called
 INDEX, HIGH, LOW = "model_index.json", "high_noise_model", "low_noise_model"
@@ -72,17 +72,28 @@ def is_published(folder: Path) -> bool:
     return any((folder / name).is_file() for name in (INDEX, "config.json", f"{HIGH}/config.json"))
 
 
+def pipeline_class(folder: Path) -> str | None:
+    """Which of diffusers' pipelines a folder is of; None for the original layout."""
+    return read_json(folder / INDEX).get("_class_name") if (folder / INDEX).is_file() else None
+
+
 def read_release(folder: Path) -> Release:
     """Raises UserError when a part is missing or unreadable."""
     return _diffusers(folder) if (folder / INDEX).is_file() else _original(folder)
 
 
 def _diffusers(folder: Path) -> Release:
-    index = _json(folder / INDEX)
+    index = read_json(folder / INDEX)
     parts = {name: _part(folder, name) for name, value in index.items() if _named(value) and (folder / name).is_dir()}
     for name in ("transformer", "text_encoder", "vae"):
         require(name in parts and bool(parts[name].found), f"{folder} has no {name}; download it again")
     low = [parts["transformer_2"]] if "transformer_2" in parts else []
+    tokenizer = folder / "tokenizer" / TOKENIZER
+    require(
+        tokenizer.is_file(),
+        f"{tokenizer} is missing; download the whole release, or where it has only spiece.model, write it with "
+        f"transformers: AutoTokenizer.from_pretrained(folder).save_pretrained(folder) of {tokenizer.parent}",
+    )
     return Release(
         layout=Layout.DIFFUSERS,
         folder=folder,
@@ -90,7 +101,7 @@ def _diffusers(folder: Path) -> Release:
         text_encoder=parts["text_encoder"],
         image_encoder=parts.get("image_encoder"),
         vae=parts["vae"],
-        tokenizer=_file(folder / "tokenizer" / TOKENIZER),
+        tokenizer=tokenizer,
         per_token=bool(index.get("expand_timesteps", False)),
         boundary=index.get("boundary_ratio"),
     )
@@ -121,7 +132,7 @@ def _original(folder: Path) -> Release:
 def _part(folder: Path, name: str) -> Part:
     """A folder's config and its safetensors: those that an index lists, or the one file, or numbered ones."""
     inside = folder / name
-    config = _json(inside / "config.json") if (inside / "config.json").is_file() else {}
+    config = read_json(inside / "config.json") if (inside / "config.json").is_file() else {}
     for stem in STEMS:
         index, shards = (
             inside / f"{stem}.safetensors.index.json",
@@ -136,7 +147,7 @@ def _part(folder: Path, name: str) -> Part:
 
 
 def _indexed(folder: Path, index: Path, config: Mapping[str, Any], name: str) -> Part:
-    listed = _json(index).get("weight_map")
+    listed = read_json(index).get("weight_map")
     require(isinstance(listed, dict), f"{index} lists no weights; download it again")
     assert listed is not None
     shards = sorted(set(listed.values()))
@@ -180,7 +191,7 @@ def _file(path: Path) -> Path:
     return path
 
 
-def _json(path: Path) -> dict[str, Any]:
+def read_json(path: Path) -> dict[str, Any]:
     try:
         value = json.loads(path.read_text(encoding="utf-8"))
     except OSError as error:

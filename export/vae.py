@@ -16,9 +16,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from tubelet.runtime.spec import VaeSpec, WanVaeSpec
+from tubelet.runtime.spec import LtxVaeSpec, VaeSpec, WanVaeSpec
 
 from .causal import CausalConv3d, ChannelNorm, Downsample, History, ResidualBlock, Upsample, average, duplicate
+from .ltx_vae import LtxDecoder, LtxEncoder
 from .wan_vae import WanDecoder, WanEncoder
 
 
@@ -108,14 +109,15 @@ class Decoder(nn.Module):
 HALVES: dict[type[VaeSpec], tuple[Any, Any]] = {
     VaeSpec: (Encoder, Decoder),
     WanVaeSpec: (WanEncoder, WanDecoder),
+    LtxVaeSpec: (LtxEncoder, LtxDecoder),
 }
 
 
 class Vae(nn.Module):
     """Both halves, and the normalisation of latents that the denoiser sees: (mean - latent_mean) / latent_std."""
 
-    encoder: Encoder | WanEncoder
-    decoder: Decoder | WanDecoder
+    encoder: Encoder | WanEncoder | LtxEncoder
+    decoder: Decoder | WanDecoder | LtxDecoder
     latent_mean: Tensor
     latent_std: Tensor
 
@@ -137,7 +139,10 @@ class Vae(nn.Module):
         return (mean - self.latent_mean) / self.latent_std, history.next
 
     def decode(self, latents: Tensor, caches: Sequence[Tensor] | None = None) -> tuple[Tensor, list[Tensor]]:
-        """One chunk: normalised latents -> pixels and the next caches; without caches the first frame."""
+        """One chunk: normalised latents -> pixels and the next caches; without caches the first frame.
+
+        Of a VAE that does not stream, a whole clip, and no caches.
+        """
         history = History(caches)
         return self.decoder(latents * self.latent_std + self.latent_mean, history), history.next
 

@@ -9,7 +9,7 @@ transformer's config, which both have; what a request means where it is silent c
 from __future__ import annotations
 
 import math
-from collections.abc import Collection, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -22,19 +22,18 @@ from tubelet.runtime.spec import (
     ImageAttentionSpec,
     ImageEncoderSpec,
     ModelSpec,
-    TextEncoderSpec,
     WanVaeSpec,
 )
 from tubelet.runtime.strict import require
-from tubelet.runtime.text import PromptTokenizer
 
 from . import wan_vae_names
-from .checkpoint import Checkpoint, Made, match, parameters
+from .checkpoint import Checkpoint, Made
+from .names import Layout
+from .placed import Placed, Source, assemble, placed, text_encoder_spec
 from .published import Part, Release, read_release
-from .storage import StoredTensor
-from .wan_names import IMAGE_ENCODER, TEXT_ENCODER, TRANSFORMER, Layout, Names
+from .wan_names import IMAGE_ENCODER, TEXT_ENCODER, TRANSFORMER
 
-TEXT_LENGTH, TEXT_DISTANCE = 512, 128  # tokens; where T5's relative positions end
+TEXT_LENGTH = 512  # tokens
 CLIP_HEAD = 80  # values of a head of ViT-H
 VAE_LAYOUTS = {Layout.DIFFUSERS: "diffusers", Layout.ORIGINAL: "release"}
 NEGATIVE = (
@@ -81,23 +80,7 @@ def open_wan(folder: Path) -> Checkpoint:
     """
     release = read_release(folder)
     spec = model_spec(release)
-    PromptTokenizer.from_file(release.tokenizer, spec.text_encoder)
-    expected = parameters(spec)
-    tensors: dict[str, StoredTensor] = {}
-    files: dict[str, Path] = {}
-    problems = []
-    made = normalisation(spec)
-    for part, ours, sources, unused in _parts(release, spec, expected.keys() - made.keys()):
-        shapes = {name: expected[name] for name in ours}
-        try:
-            tensors |= match(part.found, shapes, sources, unused, str(part.folder))
-        except UserError as error:
-            problems.append(str(error))
-        used = {tensors[name].file for name in ours if name in tensors}
-        files |= {name: path for name, path in part.files.items() if name in used}
-    if problems:
-        raise UserError("; ".join(problems))
-    return Checkpoint(folder, spec, tensors, files, release.tokenizer, made)
+    return assemble(release, spec, _parts(release, spec), normalisation(spec))
 
 
 def normalisation(spec: ModelSpec) -> dict[str, Made]:
@@ -110,35 +93,26 @@ def normalisation(spec: ModelSpec) -> dict[str, Made]:
     return {"vae.latent_mean": made(spec.vae.latent_mean), "vae.latent_std": made(spec.vae.latent_std)}
 
 
-Placed = tuple[Part, list[str], dict[str, str], tuple[str, ...]]  # tensors, our names, theirs by ours, what is not read
-
-
-def _parts(release: Release, spec: ModelSpec, expected: Collection[str]) -> Iterator[Placed]:
+def _parts(release: Release, spec: ModelSpec) -> Iterator[Placed]:
     """Each part of a release, and what of ours it holds."""
-
-    def named(part: Part, names: Names, depth: int, *owners: str, expert: str = "") -> Placed:
-        ours = [name for name in expected if name.split(".")[0] in {f"{owner}{expert}" for owner in owners}]
-        plain = {name: name.replace(f"{expert}.", ".", 1) for name in ours}
-        theirs = names.sources(plain.values(), release.layout, depth)
-        return part, ours, {name: theirs[plain[name]] for name in ours}, names.ignored(release.layout, depth)
-
+    layout = release.layout
     for expert, part in zip(spec.experts, release.transformers, strict=True):
         owners = ("denoiser", "conditioner", "image_conditioner")
-        yield named(part, TRANSFORMER, spec.denoiser.depth, *owners, expert=expert)
-    yield named(release.text_encoder, TEXT_ENCODER, spec.text_encoder.depth, "text_encoder")
+        yield placed(spec, part, TRANSFORMER, layout, spec.denoiser.depth, *owners, expert=expert)
+    yield placed(spec, release.text_encoder, TEXT_ENCODER, layout, spec.text_encoder.depth, "text_encoder")
     if spec.image_encoder is not None and release.image_encoder is not None:
-        yield named(release.image_encoder, IMAGE_ENCODER, spec.image_encoder.depth, "image_encoder")
+        yield placed(spec, release.image_encoder, IMAGE_ENCODER, layout, spec.image_encoder.depth, "image_encoder")
     assert isinstance(spec.vae, WanVaeSpec)
-    vae = wan_vae_names.published(spec.vae, VAE_LAYOUTS[release.layout])
-    sources = {f"vae.{name}": theirs.name for name, theirs in vae.items()}
-    yield release.vae, list(sources), sources, ()
+    vae = wan_vae_names.published(spec.vae, VAE_LAYOUTS[layout])
+    yield Placed(release.vae, {f"vae.{name}": theirs.name for name, theirs in vae.items()})
 
 
 def model_spec(release: Release) -> ModelSpec:
     """Raises UserError for a model that is none of FAMILIES."""
     first, *others = [denoiser_spec(part, release) for part in release.transformers]
     require(all(other == first for other in others), f"the two transformers of {release.folder} differ in shape")
-    text, image = text_encoder_spec(release), image_encoder_spec(release) if first.image is not None else None
+    text = text_encoder_spec(release.text_encoder, TEXT_ENCODER, release.layout, TEXT_LENGTH, cleaned=True)
+    image = image_encoder_spec(release) if first.image is not None else None
     pictures = first.image.tokens // image.tokens if first.image is not None and image is not None else 0
     kind = (first.route, 1 + len(others), pictures)
     require(kind in FAMILIES, f"{release.folder} is no model that is known: route, denoisers, pictures are {kind}")
@@ -162,7 +136,7 @@ def denoiser_spec(part: Part, release: Release) -> DenoiserSpec:
     part.expect(
         cross_attn_norm=True, qk_norm="rms_norm_across_heads" if release.layout == Layout.DIFFUSERS else True, eps=1e-6
     )
-    source = _Source(part, TRANSFORMER, release.layout)
+    source = Source(part, TRANSFORMER, release.layout)
     width, inputs, *patch = source.shape("denoiser.embed.weight")
     outputs = source.shape("denoiser.project_out.weight")[0] // math.prod(patch)
     heads = part.config.get("num_attention_heads", part.config.get("num_heads"))
@@ -196,26 +170,6 @@ def denoiser_spec(part: Part, release: Release) -> DenoiserSpec:
     )
 
 
-def text_encoder_spec(release: Release) -> TextEncoderSpec:
-    part = release.text_encoder
-    part.expect(layer_norm_epsilon=1e-6, relative_attention_max_distance=TEXT_DISTANCE, feed_forward_proj="gated-gelu")
-    source = _Source(part, TEXT_ENCODER, release.layout)
-    vocabulary, width = source.shape("text_encoder.embedding.weight")
-    buckets, heads = source.shape("text_encoder.layers.{i}.bias.weight.weight")
-    return TextEncoderSpec(
-        vocabulary=vocabulary,
-        width=width,
-        depth=source.count("text_encoder.layers.{i}.q.weight"),
-        heads=heads,
-        head_size=source.shape("text_encoder.layers.{i}.q.weight")[0] // heads,
-        ffn_width=source.shape("text_encoder.layers.{i}.up.weight")[0],
-        buckets=buckets,
-        max_distance=TEXT_DISTANCE,
-        length=TEXT_LENGTH,
-        cleaned=True,
-    )
-
-
 def vae_spec(release: Release) -> WanVaeSpec:
     if release.layout == Layout.DIFFUSERS:
         return wan_vae_names.vae_spec(release.vae.config)
@@ -227,7 +181,7 @@ def image_encoder_spec(release: Release) -> ImageEncoderSpec:
     part = release.image_encoder
     if part is None:
         raise UserError(f"{release.folder} has no image encoder, which its denoiser needs; download the whole release")
-    source = _Source(part, IMAGE_ENCODER, release.layout)
+    source = Source(part, IMAGE_ENCODER, release.layout)
     width, _, patch, _ = source.shape("image_encoder.patches.weight")
     side = math.isqrt(_clip_tokens(release) - 1)
     part.expect(hidden_act="gelu", layer_norm_eps=1e-5, num_attention_heads=width // CLIP_HEAD)
@@ -245,26 +199,4 @@ def _clip_tokens(release: Release) -> int:
     """Of one picture."""
     if release.image_encoder is None:
         raise UserError(f"{release.folder} has no image encoder, which its denoiser needs; download the whole release")
-    return _Source(release.image_encoder, IMAGE_ENCODER, release.layout).shape("image_encoder.positions")[-2]
-
-
-@dataclass(frozen=True)
-class _Source:
-    """A part's tensors by our names, in which "{i}" stands for the number of a block."""
-
-    part: Part
-    names: Names
-    layout: Layout
-
-    def count(self, ours: str) -> int:
-        return self.part.count(self.names.source(ours, self.layout))
-
-    def has(self, ours: str) -> bool:
-        return self._first(ours) in self.part.found
-
-    def shape(self, ours: str) -> tuple[int, ...]:
-        return self.part.shape(self._first(ours))
-
-    def _first(self, ours: str) -> str:
-        """What our parameter, with "{i}" in the place of a block's number, is called in the first block."""
-        return self.names.source(ours, self.layout).format(i=0)
+    return Source(release.image_encoder, IMAGE_ENCODER, release.layout).shape("image_encoder.positions")[-2]

@@ -109,7 +109,7 @@ class WanEncoder(nn.Module):
         self.project = nn.Conv3d(2 * spec.latent_channels, 2 * spec.latent_channels, 1)
 
     def forward(self, pixels: Tensor, history: History) -> Tensor:
-        x = self.conv_in(_fold(pixels, self.patch), history)
+        x = self.conv_in(fold(pixels, self.patch), history)
         for level in self.levels:
             x = level(x, history)
         x = self.middle(x, history)
@@ -142,10 +142,10 @@ class WanDecoder(nn.Module):
         x = self.middle(self.conv_in(self.project(latents), history), history)
         for level in self.levels:
             x = level(x, history)
-        return _unfold(self.conv_out(F.silu(self.norm_out(x)), history), self.patch)
+        return unfold(self.conv_out(F.silu(self.norm_out(x)), history), self.patch)
 
 
-def _fold(pixels: Tensor, patch: int) -> Tensor:
+def fold(pixels: Tensor, patch: int) -> Tensor:
     """[B,3,T,H,W] -> [B,3*patch*patch,T,H/patch,W/patch], with columns before rows in the channels."""
     if patch == 1:
         return pixels
@@ -154,8 +154,8 @@ def _fold(pixels: Tensor, patch: int) -> Tensor:
     return x.reshape(b, c * patch * patch, t, h // patch, w // patch)
 
 
-def _unfold(x: Tensor, patch: int) -> Tensor:
-    """The inverse of `_fold`."""
+def unfold(x: Tensor, patch: int) -> Tensor:
+    """The inverse of `fold`."""
     if patch == 1:
         return x
     b, _, t, h, w = x.shape

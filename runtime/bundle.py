@@ -29,7 +29,7 @@ WEIGHTS = "weights.safetensors"
 TOKENIZER = "tokenizer.json"
 EMBEDDED = Path(__file__).parent / "demo"
 
-Shape = tuple[int | str, ...]  # of a port; an extent is a number, or varies: a name, or a multiple of one as "4*h"
+Shape = tuple[int | str, ...]  # of a port; an extent is a number, or varies: as "h", "4*h" or "-7+8*t"
 Extents = Mapping[str, int]  # the varying ones, by name
 TO_GENERATE = ("text_encoder", "conditioner", "denoiser", "vae_decoder_first", "vae_decoder")
 COMPONENTS = (*TO_GENERATE, "vae_encoder_first", "vae_encoder")
@@ -39,8 +39,13 @@ TO_CAPTION = ("captioner_memory", "captioner")
 def sizes(shape: Shape, extents: Extents) -> tuple[int, ...]:
     """A port's shape where the varying extents are these."""
     return tuple(
-        math.prod(int(part) if part.isdigit() else extents[part] for part in str(extent).split("*")) for extent in shape
+        sum(math.prod(_value(factor, extents) for factor in term.split("*")) for term in str(extent).split("+"))
+        for extent in shape
     )
+
+
+def _value(factor: str, extents: Extents) -> int:
+    return extents[factor] if factor.isidentifier() else int(factor)
 
 
 def extents(ports: Mapping[str, Shape], shapes: Mapping[str, tuple[int, ...]]) -> dict[str, int]:
@@ -48,9 +53,10 @@ def extents(ports: Mapping[str, Shape], shapes: Mapping[str, tuple[int, ...]]) -
     found: dict[str, int] = {}
     for name, port in ports.items():
         for extent, size in zip(port, shapes.get(name, ()), strict=False):
-            *factors, symbol = str(extent).split("*")
-            if not symbol.isdigit():
-                found[symbol] = size // math.prod(map(int, factors))
+            *added, term = str(extent).split("+")
+            *factors, symbol = term.split("*")
+            if symbol.isidentifier():
+                found[symbol] = (size - sum(map(int, added))) // math.prod(map(int, factors))
     for name, port in ports.items():
         if name not in shapes or shapes[name] != sizes(port, found):
             given = list(shapes[name]) if name in shapes else "nothing"
@@ -121,10 +127,11 @@ class Manifest:
 
 def required(spec: ModelSpec) -> tuple[str, ...]:
     """The components that a model must have."""
+    common = [name for name in COMPONENTS if spec.vae.streams or name != "vae_decoder_first"]
     images = ("image_conditioner",) if spec.image_encoder else ()
     experts = [f"{name}{expert}" for expert in spec.experts for name in ("conditioner", "denoiser", *images)]
     captioner = TO_CAPTION if spec.captioner else ()
-    return (*COMPONENTS, *experts, *(("image_encoder",) if images else ()), *captioner)
+    return (*common, *experts, *(("image_encoder",) if images else ()), *captioner)
 
 
 def content_key(spec: ModelSpec, components: Mapping[str, Component], tokenizer: FileRecord) -> str:

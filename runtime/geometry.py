@@ -61,6 +61,12 @@ def nearest_size(spec: ModelSpec, width: int, height: int) -> tuple[int, int]:
     )
 
 
+def tokens_of(spec: ModelSpec, width: int, height: int, frames: int) -> int:
+    """N of a clip of a legal size; of another one, of the legal size below it."""
+    across, down = size_step(spec)
+    return (1 + (frames - 1) // frames_step(spec)) * (height // down) * (width // across)
+
+
 def plan(spec: ModelSpec, width: int, height: int, frames: int) -> Geometry:
     """Checks a clip's size and maps it to latents and tokens.
 

@@ -25,6 +25,7 @@ from .geometry import Geometry, coordinate_columns, plan
 from .image import prepare_pictures
 from .loop import Pinned, Steps
 from .request import Request, Settings
+from .rope import rope_tables
 from .schedule import LEVELS, Schedule, make_inversion, make_schedule, time_features
 from .strict import require
 from .targets import AUTO, Choice, Engines, open_engines
@@ -172,7 +173,7 @@ class Pipeline:
     ) -> Generation:
         denoiser = self.spec.denoiser
         batch = len(self._prompts(settings))
-        rope_cos, rope_sin = kernels.rope3d(geometry.grid, denoiser.head_size, theta=denoiser.theta)
+        rope_cos, rope_sin = rope_tables(self.spec, geometry)
         state = _zeros((schedule.buffers, geometry.tokens, denoiser.token_values))
         state[0] = sample
         inputs = {
@@ -271,14 +272,18 @@ class Pipeline:
     def _conditions(self, settings: Settings, canvas: Canvas | None) -> Callable[[str], dict[str, Any]]:
         """What an expert's denoiser reads of the prompt, the negative prompt if guided, and the canvas's pictures.
 
-        Keys and values of every block [blocks,B,heads,*,D]; the encoders run now, an expert's conditioners when asked.
+        Keys and values of every block [blocks,B,heads,*,D], and the mask of the text's padding [B,L] where the denoiser
+        has one; the encoders run now, an expert's conditioners when asked.
         """
         ids, mask = self.tokenizer(self._prompts(settings))
+        masks = {}
+        if self.spec.denoiser.text_mask:
+            masks["text_mask"], mask = mask.astype(np.float32), np.ones_like(mask)
         embeddings = self.engines["text_encoder"]({"ids": ids, "mask": mask})["embeddings"]
         image = None if self.spec.image_encoder is None else self._image_embeddings(canvas)
 
         def condition(expert: str) -> dict[str, Any]:
-            found = self.engines[f"conditioner{expert}"]({"embeddings": embeddings})
+            found = masks | self.engines[f"conditioner{expert}"]({"embeddings": embeddings})
             if image is not None:
                 rows = {"image_embeddings": np.repeat(image, len(ids), axis=0)}
                 found |= self.engines[f"image_conditioner{expert}"](rows)

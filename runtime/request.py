@@ -11,6 +11,7 @@ import operator
 from dataclasses import dataclass
 from numbers import Real
 
+from .geometry import tokens_of
 from .spec import ModelSpec
 from .strict import require
 
@@ -90,15 +91,20 @@ class Request:
     def complete(self, spec: ModelSpec) -> Settings:
         """Fills in the model's defaults.
 
-        A guidance that is given holds for both experts, unless another is given for low noise. Raises UserError for a
-        value of the wrong type, and for a seed or a guidance out of range.
+        A guidance that is given holds for both experts, unless another is given for low noise. A default shift may
+        depend on the clip's tokens; of a clip made in parts it is the largest that the model takes. Raises UserError
+        for a value of the wrong type, and for a seed or a guidance out of range.
         """
         require(
             self.guidance_low is None or spec.boundary is not None,
             f"{spec.name} has one denoiser; guidance_low is for models of two",
         )
         given = {name: value for name, value in vars(self).items() if value is not None or name == "prompt"}
-        defaults = dataclasses.asdict(spec.defaults)
+        defaults = {**vars(spec.defaults), "shift": 1.0}
         if self.guidance is not None:
             defaults["guidance_low"] = None
-        return Settings(**(defaults | given))
+        settings = Settings(**(defaults | given))
+        if self.shift is not None:
+            return settings
+        tokens = min(tokens_of(spec, settings.width, settings.height, settings.frames), spec.max_tokens)
+        return dataclasses.replace(settings, shift=spec.defaults.shift_at(tokens))

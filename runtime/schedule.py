@@ -13,6 +13,8 @@ models were tuned with them. With s(u) = shift u / (1 + (shift - 1) u):
   smallest level is shifted twice. timestep = 1000 sigma.
 * `unipc`, as UniPCMultistepScheduler with flow sigmas: s(u) for the first `steps` of `steps` + 1 values u from 1 down
   to 0.001, and 1 - 1e-6 in place of 1, where log-SNR is infinite. timestep = floor(1000 sigma).
+* `stretched`, as FlowMatchEulerDiscreteScheduler with dynamic shift and a terminal, which LTX-Video has: s(u) for
+  `steps` values u from 1 down to 1 / steps, moved away from 1 in proportion, the last to 0.1. timestep = 1000 sigma.
 """
 
 from __future__ import annotations
@@ -30,6 +32,7 @@ from .errors import UserError
 Array = NDArray[np.float64]
 
 LEVELS = 1000  # noise levels of training: timestep 1000 is sigma 1
+TERMINAL = 0.1  # the last noise level of `stretched`
 
 
 @dataclass(frozen=True)
@@ -85,10 +88,19 @@ def make_schedule(sampler: str, steps: int, shift: float, strength: float = 1.0)
 
 
 def _euler(steps: int, shift: float, skipped: int) -> Schedule:
-    """One buffer: x + (sigma' - sigma) v."""
     highest, lowest = _shifted(np.array([1, 1 / LEVELS], np.float32), shift).astype(np.float64) * LEVELS
-    sigmas = _sigmas(_shifted(np.linspace(highest, lowest, steps) / LEVELS, shift), shift)[skipped:]
-    matrices = np.stack([np.ones(steps - skipped), np.diff(sigmas)], axis=-1)[:, None]  # [steps, 1, 2]
+    return _straight(_sigmas(_shifted(np.linspace(highest, lowest, steps) / LEVELS, shift), shift)[skipped:])
+
+
+def _stretched(steps: int, shift: float, skipped: int) -> Schedule:
+    clean = 1 - shift / (shift + (1 / np.linspace(1, 1 / steps, steps).astype(np.float32) - 1))
+    scale = clean[-1] / (1 - TERMINAL) if steps > 1 else 1  # a single level is 1 and stays there
+    return _straight(_sigmas(1 - clean / scale, shift)[skipped:])
+
+
+def _straight(sigmas: Array) -> Schedule:
+    """Euler's steps, with one buffer: x + (sigma' - sigma) v."""
+    matrices = np.stack([np.ones(len(sigmas) - 1), np.diff(sigmas)], axis=-1)[:, None]  # [steps, 1, 2]
     return Schedule(sigmas, (sigmas[:-1].astype(np.float32) * LEVELS).astype(np.float64), matrices)
 
 
@@ -166,7 +178,7 @@ def _shifted(levels: NDArray[Any], shift: float) -> NDArray[Any]:
     return shift * levels / (1 + (shift - 1) * levels)
 
 
-def _sigmas(levels: Array, shift: float) -> Array:
+def _sigmas(levels: NDArray[Any], shift: float) -> Array:
     """Appends 0 to levels [steps], rounded to float32 as diffusers does: it moves the first log-SNR by 0.013."""
     sigmas = np.append(levels, 0).astype(np.float32).astype(np.float64)
     if not (np.diff(sigmas) < 0).all():
@@ -174,7 +186,9 @@ def _sigmas(levels: Array, shift: float) -> Array:
     return sigmas
 
 
-SAMPLERS: Mapping[str, Callable[[int, float, int], Schedule]] = MappingProxyType({"euler": _euler, "unipc": _unipc})
+SAMPLERS: Mapping[str, Callable[[int, float, int], Schedule]] = MappingProxyType(
+    {"euler": _euler, "unipc": _unipc, "stretched": _stretched}
+)
 
 
 def time_features(timesteps: NDArray[Any], features: int) -> NDArray[np.float32]:

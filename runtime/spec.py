@@ -7,15 +7,16 @@ Knows nothing of files, tensors or engines.
 from __future__ import annotations
 
 import dataclasses
+import math
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, ClassVar
 
 from .strict import read, require, require_positive
 
 
 @dataclass(frozen=True)
 class TextEncoderSpec:
-    """T5-style encoder as in UMT5: one relative position bias per layer, gated GELU, RMS-norm."""
+    """T5-style encoder: a relative position bias in every layer (T5's own share one), gated GELU, RMS-norm."""
 
     vocabulary: int
     width: int
@@ -93,6 +94,8 @@ class DenoiserSpec:
     image: ImageAttentionSpec | None
     channels_last: bool  # the last layer writes a token as (row, column, channel); tokens are (channel, row, column)
 
+    text_mask: ClassVar[bool] = False  # padding is hidden from the denoiser alone; else text encoders zero it
+
     def __post_init__(self) -> None:
         require_positive(self, "denoiser", but=("mask_channels",))
         require(self.mask_channels >= 0, f"denoiser.mask_channels must not be below 0, is {self.mask_channels}")
@@ -110,6 +113,11 @@ class DenoiserSpec:
     @property
     def head_size(self) -> int:
         return self.width // self.heads
+
+    @property
+    def rope_shape(self) -> tuple[int | str, ...]:
+        """Of the rotary tables: all heads turn alike."""
+        return "N", self.head_size // 2
 
     @property
     def token_values(self) -> int:
@@ -140,6 +148,24 @@ class DenoiserSpec:
 COORDINATE_COLUMNS = 17  # see geometry.coordinate_columns
 
 
+@dataclass(frozen=True)
+class LtxDenoiserSpec(DenoiserSpec):
+    """LTX-Video's: RMS-norms without weights, each head turned by tables of its own, and a mask over the text."""
+
+    extent: tuple[float, float, float]  # seconds, rows and columns of pixels: a token's place is a fraction of them
+
+    text_mask: ClassVar[bool] = True
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        require(self.width >= 12, f"denoiser.width must be at least 12, for two frequencies an axis, is {self.width}")
+
+    @property
+    def rope_shape(self) -> tuple[int | str, ...]:
+        """Of the rotary tables, which run through the whole width."""
+        return self.heads, "N", self.head_size // 2
+
+
 SMALLEST_TILE = 4  # latent pixels a side, see tiles.py
 
 
@@ -157,6 +183,8 @@ class VaeSpec:
     latent_std: tuple[float, ...]
     chunk: int  # most latent frames that the graphs see at a time
     tile: int  # longest side, in pixels, that they see at a time; a larger picture is cut into tiles
+
+    streams: ClassVar[bool] = True  # decodes chunk by chunk; else a clip whole, in a tile
 
     def __post_init__(self) -> None:
         require_positive(self, "vae", but=("latent_mean",))
@@ -189,6 +217,15 @@ class VaeSpec:
     def temporal_factor(self) -> int:
         return 2 ** sum(self.temporal)
 
+    @property
+    def encoder_depth(self) -> int:
+        """Residual blocks of all resolutions."""
+        return len(self.widths) * self.encoder_blocks
+
+    @property
+    def decoder_depth(self) -> int:
+        return len(self.widths) * self.decoder_blocks
+
 
 @dataclass(frozen=True)
 class WanVaeSpec(VaeSpec):
@@ -207,6 +244,34 @@ class WanVaeSpec(VaeSpec):
             not self.shortcuts or self.widths[-2:-1] in ((), self.widths[-1:]),
             f"vae.widths must end with the same number twice where there are shortcuts, ends with {self.widths[-2:]}",
         )
+
+
+@dataclass(frozen=True)
+class LtxVaeSpec(VaeSpec):
+    """LTX-Video's VAE: its encoder is causal, its decoder sees the frames after a frame too.
+
+    Blocks are counted for each resolution, finest first, and then for the middle, which comes after the coarsest.
+    """
+
+    encoder_blocks: tuple[int, ...]  # type: ignore[assignment]
+    decoder_blocks: tuple[int, ...]  # type: ignore[assignment]
+    decoder_widths: tuple[int, ...]  # as widths, which are the encoder's
+
+    streams: ClassVar[bool] = False
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        for name, entries in (("decoder_widths", 0), ("encoder_blocks", 1), ("decoder_blocks", 1)):
+            count, wanted = len(getattr(self, name)), len(self.widths) + entries
+            require(count == wanted, f"vae.{name} needs {wanted} entries for {len(self.widths)} widths, has {count}")
+
+    @property
+    def encoder_depth(self) -> int:
+        return sum(self.encoder_blocks)
+
+    @property
+    def decoder_depth(self) -> int:
+        return sum(self.decoder_blocks)
 
 
 @dataclass(frozen=True)
@@ -248,6 +313,23 @@ class CaptionerSpec:
 
 
 @dataclass(frozen=True)
+class ShiftByTokens:
+    """A shift that grows with the clip: the exponential of a line through two points (Esser et al. 2024, 5.3.2)."""
+
+    tokens: tuple[int, int]
+    exponents: tuple[float, float]
+
+    def __post_init__(self) -> None:
+        require(
+            self.tokens[0] < self.tokens[1], f"defaults.shift.tokens must be two that rise, are {list(self.tokens)}"
+        )
+
+    def at(self, tokens: int) -> float:
+        slope = (self.exponents[1] - self.exponents[0]) / (self.tokens[1] - self.tokens[0])
+        return math.exp(tokens * slope + (self.exponents[0] - slope * self.tokens[0]))
+
+
+@dataclass(frozen=True)
 class Defaults:
     """What a request means where it is silent."""
 
@@ -258,8 +340,12 @@ class Defaults:
     guidance: float
     guidance_low: float | None  # of the expert for low noise; None: as `guidance`
     sampler: str
-    shift: float
+    shift: float | ShiftByTokens
     negative_prompt: str
+
+    def shift_at(self, tokens: int) -> float:
+        """The shift of a clip of so many tokens."""
+        return self.shift.at(tokens) if isinstance(self.shift, ShiftByTokens) else self.shift
 
 
 @dataclass(frozen=True)
@@ -271,9 +357,9 @@ class ModelSpec:
     max_tokens: int  # largest N the denoiser accepts
     text_encoder: TextEncoderSpec
     image_encoder: ImageEncoderSpec | None
-    denoiser: DenoiserSpec
+    denoiser: DenoiserSpec | LtxDenoiserSpec
     boundary: float | None  # noise level, 0 to 1, below which another denoiser of the same spec takes over
-    vae: VaeSpec | WanVaeSpec
+    vae: VaeSpec | WanVaeSpec | LtxVaeSpec
     captioner: CaptionerSpec | None
     defaults: Defaults
 

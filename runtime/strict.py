@@ -63,7 +63,7 @@ def _read(kind: Any, value: Any, where: str) -> Any:
     if float in kinds and type(value) is int:
         value = float(value)
     parts = [k for k in kinds if dataclasses.is_dataclass(k)]
-    if value is not None and parts:  # one of several kinds of part, or one that may be absent
+    if parts and type(value) not in kinds:  # one of several kinds of part, or one beside plain values
         fitting = (k for k in parts if isinstance(value, dict) and set(value) == _fields(k))
         return _read_dataclass(next(fitting, parts[0]), value, where)
     require(type(value) in kinds, f"{where} must be {' or '.join(k.__name__ for k in kinds)}, is {value!r}")

@@ -133,8 +133,9 @@ def _open_host(bundle: Bundle, target: str, threads: int | None) -> tuple[Engine
     engines = HostEngines(lambda name: OnnxRuntimeEngine(bundle.graph(name), threads, provider), residency.groups)
     if len(residency.groups) > 1:
         return engines, f"{detail}: {residency.sentence}"
-    for name in TO_GENERATE:
-        _ = engines[name]
+    for name in bundle.manifest.components:
+        if name in TO_GENERATE:
+            _ = engines[name]
     return engines, detail
 
 

@@ -1,7 +1,8 @@
 """Latents to frames and back: chunk by chunk in time, and tile by tile where the picture is large.
 
 Flows in: a VaeSpec, its engines, and latents or uint8 frames. Flows out: the other one. A clip's first frame goes
-through a graph of its own; each later chunk takes the caches that the one before has left. A picture larger than
+through a graph of its own; each later chunk takes the caches that the one before has left. A decoder that does not
+stream takes a clip whole. A picture larger than
 `vae.tile` is cut into tiles, each of which is run through the whole clip before the next, so that the caches of one are
 held at a time. Knows nothing of how an engine runs.
 """
@@ -27,19 +28,20 @@ PORTS = {"vae_decoder": ("latents", "pixels"), "vae_encoder": ("pixels", "latent
 def decode(vae: VaeSpec, engines: Components, latent: Float32) -> Iterator[Frames]:
     """Yields the frames of a normalised latent [C,T',H',W'], a chunk at a time.
 
-    Memory does not grow with duration, but for the frames where there are tiles.
+    Memory does not grow with duration, but for the frames where there are tiles. A VAE that does not stream yields all
+    frames at once, and its memory grows.
     """
     times, rows, columns = latent.shape[1:]
-    chunks = _chunks(times, vae.chunk)
+    chunks = _chunks(times, vae.chunk) if vae.streams else [slice(0, times)]
     tiles = cut(vae, rows, columns)
     if len(tiles) == 1:
-        yield from map(_to_frames, _run(engines, "vae_decoder", latent, chunks))
+        yield from map(_to_frames, _run(engines, "vae_decoder", latent, chunks, vae.streams))
         return
     scale, step = vae.spatial_factor, vae.temporal_factor
     blended = np.zeros((3, 1 + (times - 1) * step, rows * scale, columns * scale), np.float16)
     for tile, share in zip(tiles, weights(tiles, scale), strict=True):
         at = 0
-        for pixels in _run(engines, "vae_decoder", tile.of(latent), chunks):
+        for pixels in _run(engines, "vae_decoder", tile.of(latent), chunks, vae.streams):
             part = tile.of(blended[:, at : at + pixels.shape[1]], scale)
             part += pixels * share
             at += pixels.shape[1]
@@ -66,15 +68,20 @@ def encode(vae: VaeSpec, engines: Components, frames: Frames | Float32) -> Float
     return blended
 
 
-def _run(engines: Components, half: str, clip: NDArray[Any], chunks: Iterable[slice]) -> Iterator[Float32]:
-    """Runs a half of the VAE over a clip [C,T,H,W]: the first frame, then the chunks behind it. Pixels may be uint8."""
+def _run(
+    engines: Components, half: str, clip: NDArray[Any], chunks: Iterable[slice], streams: bool = True
+) -> Iterator[Float32]:
+    """Runs a half of the VAE over a clip [C,T,H,W]: the first frame, then the chunks behind it. Pixels may be uint8.
+
+    A half that does not stream has one graph, for its only chunk.
+    """
     source, result = PORTS[half]
     results: dict[str, Any] = {}
     for chunk in chunks:
         part = clip[None, :, chunk]
         inputs = {source: _to_pixels(part) if part.dtype == np.uint8 else np.ascontiguousarray(part)}
         inputs |= {name.removeprefix("next_"): cache for name, cache in results.items()}
-        results = engines[half if results else f"{half}_first"].advance(inputs)
+        results = engines[f"{half}_first" if streams and not results else half].advance(inputs)
         yield results.pop(result)[0]
 
 

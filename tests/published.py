@@ -15,7 +15,8 @@ from safetensors.torch import save_file
 from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, processors, trainers
 from torch import Tensor, nn
 
-from tubelet.export.wan_names import IMAGE_ENCODER, TEXT_ENCODER, TRANSFORMER, Layout, Names
+from tubelet.export.names import Layout, Names
+from tubelet.export.wan_names import IMAGE_ENCODER, TEXT_ENCODER, TRANSFORMER
 from tubelet.export.wan_vae_names import RELEASES, published, vae_spec
 
 TEXTS = (

@@ -23,72 +23,30 @@ from numpy.typing import NDArray
 from PIL import Image
 from published import KINDS, TEXTS, pipeline, randomise, renamed, write_diffusers, write_original
 from safetensors.torch import load_file, save_file
+from torch_engines import TorchEngines, painted
 
 from tubelet.export.checkpoint import Checkpoint
-from tubelet.export.components import Component, build_modules, components
 from tubelet.export.dit import Conditioner, Denoiser
 from tubelet.export.estimate import KINDS as KINDS_OF_COMPONENTS
 from tubelet.export.lora import Lora, merged
+from tubelet.export.names import Layout
 from tubelet.export.profiles import choose
 from tubelet.export.storage import digest
 from tubelet.export.traffic import Shape
 from tubelet.export.wan import open_wan
-from tubelet.export.wan_names import TRANSFORMER, Layout
+from tubelet.export.wan_names import TRANSFORMER
 from tubelet.runtime import Pipeline, Request, UserError
 from tubelet.runtime.bundle import required
 from tubelet.runtime.canvas import Canvas
 from tubelet.runtime.kernels import pack, rope3d, unpack
-from tubelet.runtime.loop import HostLoop, Steps
 from tubelet.runtime.residency import PARTS
 from tubelet.runtime.schedule import time_features
 from tubelet.runtime.spec import DenoiserSpec
-from tubelet.runtime.studio import Studio
 from tubelet.runtime.targets import Choice
 from tubelet.runtime.text import clean
 
 STEPS, SHIFT = 8, 3.0
 DENOISING = ("denoiser", "conditioner")
-
-
-class TorchEngine:
-    def __init__(self, component: Component):
-        self._component = component
-
-    @torch.no_grad()
-    def __call__(self, inputs: Mapping[str, NDArray[Any]]) -> dict[str, Any]:
-        results = self._component.run({name: torch.from_numpy(value) for name, value in inputs.items()})
-        return {name: r.numpy() for name, r in zip(self._component.outputs, results, strict=True)}
-
-    advance = __call__
-
-    def bind(self, inputs: Mapping[str, Any], outputs: Mapping[str, Any]) -> SimpleNamespace:
-        return SimpleNamespace(run=lambda: np.copyto(outputs["velocity"], self(inputs)["velocity"]))
-
-
-class TorchEngines:
-    """A checkpoint's modules as a pipeline's engines."""
-
-    def __init__(self, checkpoint: Checkpoint):
-        with torch.device("meta"):
-            parts = components(checkpoint.spec, build_modules(checkpoint.spec))
-        self.used: list[str] = []
-        self._parts = {part.name: part for part in parts}
-        for part in parts:
-            for name, tensor in part.module.state_dict().items():
-                assert tuple(tensor.shape) == checkpoint.tensors[part.weights + name].shape
-            part.module.load_state_dict(
-                {n: checkpoint.read(part.weights + n).float() for n in part.module.state_dict()}, assign=True
-            )
-
-    def __getitem__(self, name: str) -> TorchEngine:
-        self.used.append(name)
-        return TorchEngine(self._parts[name])
-
-    def check(self, geometry: Any, batch: int) -> None:
-        """Any clip."""
-
-    def loop(self, steps: Steps) -> HostLoop:
-        return HostLoop(self[steps.denoiser], steps)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -194,7 +152,7 @@ def test_image_to_video_is_diffusers(
     shown = {0: first, frames - 1: last} if kind.pictures == 2 else {0: first}
 
     request = _request(width, height, frames, low)
-    canvas = _canvas(model.ours, request, shown, frames, noise)
+    canvas = dataclasses.replace(painted(model.ours, request, shown, frames), noise=noise)
     found = _finished(model.ours, request, canvas)
     pictures = {"image": Image.fromarray(first)}
     if kind.pictures == 2:
@@ -283,25 +241,6 @@ def _arguments(width: int, height: int, frames: int, low: float | None, noise: N
         "num_frames": frames, "num_inference_steps": STEPS, "guidance_scale": 3.0, "guidance_scale_2": low,
         "latents": torch.from_numpy(noise)[None], "output_type": "latent",
     }  # fmt: skip
-
-
-def _canvas(
-    ours: Pipeline, request: Request, shown: Mapping[int, NDArray[np.uint8]], frames: int, noise: NDArray[np.float32]
-) -> Canvas:
-    """The first canvas that the studio paints for these pictures, with this noise."""
-    painted: list[Canvas] = []
-
-    class Stopped(Exception):
-        pass
-
-    def prepare(request: Request, canvas: Canvas) -> None:
-        painted.append(canvas)
-        raise Stopped
-
-    stopping = SimpleNamespace(spec=ours.spec, encode=ours.encode, prepare=prepare)
-    with pytest.raises(Stopped):
-        Studio(stopping)._paint_around(request, shown, frames)  # type: ignore[arg-type]
-    return dataclasses.replace(painted[0], noise=noise)
 
 
 def _finished(ours: Pipeline, request: Request, canvas: Canvas) -> NDArray[np.float32]:

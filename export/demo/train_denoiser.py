@@ -326,7 +326,7 @@ def remake(spec: ModelSpec, folder: Path) -> None:
     model, batches, remade = Model(spec), Batches(spec, folder), []
     model.load_state_dict(torch.load(folder / "denoiser.pt", weights_only=True))
     default, size = spec.defaults, spec.denoiser.time_features
-    sigmas = make_schedule("euler", default.steps, default.shift, REMADE_STRENGTH).sigmas
+    sigmas = make_schedule("euler", default.steps, default.shift_at(spec.max_tokens), REMADE_STRENGTH).sigmas
     for number in range(len(CLIPS) - len(CLIPS) // ROUNDS, len(CLIPS)):  # the last round
         (kind, width, height, frames, count), entry = CLIPS[number], batches.pool[number]
         if kind not in ("plain", "fast") or width * height > 96 * 64 or frames > 33:

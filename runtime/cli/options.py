@@ -41,7 +41,7 @@ class Sampling:
         float | None,
         typer.Option(help="Guidance at low noise, of a model with two denoisers; --guidance if not given."),
     ] = None
-    sampler: Annotated[str | None, typer.Option(help="euler or unipc.")] = None
+    sampler: Annotated[str | None, typer.Option(help="euler, unipc or stretched.")] = None
     shift: Annotated[float | None, typer.Option(help="Moves noise levels towards noise.")] = None
     negative_prompt: Annotated[str | None, typer.Option(help="What the video should not show.")] = None
     seed: Annotated[int | None, typer.Option(help="The same seed makes the same video; 0 if not given.")] = None
