@@ -28,14 +28,21 @@ SCHEDULER = {
 def vae(encoder_widths: tuple[int, ...], widths: tuple[int, ...], layers: tuple[int, ...]) -> Any:
     from diffusers import AutoencoderKLLTXVideo
 
-    scales, kind = (True,) * (len(widths) - 1) + (False,), ("LTXVideoDownBlock3D",) * len(widths)
+    scales = (True,) * (len(widths) - 1) + (False,)
     made = AutoencoderKLLTXVideo(
-        latent_channels=CHANNELS, down_block_types=kind, block_out_channels=encoder_widths,
-        decoder_block_out_channels=widths, layers_per_block=layers, decoder_layers_per_block=layers, spatio_temporal_scaling=scales,
-        decoder_spatio_temporal_scaling=scales, decoder_inject_noise=(False,) * (len(widths) + 1),
-        downsample_type=("conv",) * len(widths), upsample_residual=(False,) * len(widths),
+        latent_channels=CHANNELS,
+        down_block_types=("LTXVideoDownBlock3D",) * len(widths),
+        downsample_type=("conv",) * len(widths),
+        upsample_residual=(False,) * len(widths),
         upsample_factor=(1,) * len(widths),
-    )  # fmt: skip
+        decoder_inject_noise=(False,) * (len(widths) + 1),
+        block_out_channels=encoder_widths,
+        layers_per_block=layers,
+        spatio_temporal_scaling=scales,
+        decoder_block_out_channels=widths,
+        decoder_layers_per_block=layers,
+        decoder_spatio_temporal_scaling=scales,
+    )
     generator = torch.Generator().manual_seed(6)
     made.latents_mean.normal_(generator=generator)
     made.latents_std.uniform_(0.5, 2.0, generator=generator)
