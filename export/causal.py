@@ -33,7 +33,7 @@ class History:
         return x
 
     def overlap(self, x: Tensor, frames: int, bias: Tensor) -> Tensor:
-        """Adds what the past has begun to `x`, and keeps the last `frames` of the result, without bias, for the next."""
+        """Adds what the past has begun to `x`; keeps the last `frames` frames of that, without bias, for the next."""
         b, c, t, h, w = x.shape
         if not self.first:
             x = x + torch.cat([next(self._past), x.new_zeros(b, c, t - frames, h, w)], dim=2)
