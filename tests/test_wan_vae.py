@@ -15,8 +15,11 @@ import pytest
 import torch
 from diffusers import AutoencoderKLWan
 from diffusers.loaders.single_file_utils import convert_wan_vae_to_diffusers
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from torch import Tensor, nn
 
+from tubelet.export.causal import CausalConv3d, History, NarrowCausalConv3d
 from tubelet.export.checkpoint import check_parameters
 from tubelet.export.vae import Vae
 from tubelet.export.wan_vae_names import RELEASES, published, read_release, release_spec, vae_spec
@@ -113,6 +116,23 @@ def test_encoding_equals_diffusers(pair: tuple[AutoencoderKLWan, Vae], shape: st
 
     assert relative(chunks, expected) <= TOLERANCE
     assert relative(whole, chunks) <= TOLERANCE
+
+
+@torch.no_grad()
+@settings(deadline=None, max_examples=25)
+@given(chunks=st.lists(st.integers(1, 4), min_size=1, max_size=4), seed=st.integers(0, 99))
+def test_sums_that_the_past_has_begun_are_the_convolution_over_it(chunks: list[int], seed: int) -> None:
+    torch.manual_seed(seed)
+    plain, narrow = CausalConv3d(5, 2, 3), NarrowCausalConv3d(5, 2, 3)
+    narrow.load_state_dict(plain.state_dict())
+    x = torch.randn(1, 5, sum(chunks), 3, 4)
+    caches, results = None, []
+    for chunk in x.split(chunks, dim=2):
+        history = History(caches)
+        results.append(narrow(chunk, history))
+        caches = history.next
+        assert [cache.shape for cache in caches] == [(1, 2, 2, 3, 4)]
+    torch.testing.assert_close(torch.cat(results, dim=2), plain(x, History(None)), rtol=1e-5, atol=1e-5)
 
 
 @torch.no_grad()
