@@ -38,6 +38,14 @@ class History:
         self.next.append(x[:, :, -frames:])
         return x
 
+    def overlap(self, x: Tensor, frames: int, bias: Tensor) -> Tensor:
+        """Adds what the past has begun to `x`; keeps the last `frames` frames of that, without bias, for the next."""
+        b, c, t, h, w = x.shape
+        if not self.first:
+            x = x + torch.cat([next(self._past), x.new_zeros(b, c, t - frames, h, w)], dim=2)
+        self.next.append(x[:, :, -frames:] - bias)
+        return x[:, :, :-frames]
+
 
 class CausalConv3d(nn.Conv3d):
     """3D convolution that sees the present and the past; time is padded by History."""
@@ -47,6 +55,17 @@ class CausalConv3d(nn.Conv3d):
 
     def forward(self, x: Tensor, history: History) -> Tensor:  # type: ignore[override]
         return super().forward(history.extend(x, self.kernel_size[0] - 1))
+
+
+class NarrowCausalConv3d(CausalConv3d):
+    """The same where few channels go out: it remembers what the past adds to the next frames, not the past."""
+
+    def forward(self, x: Tensor, history: History) -> Tensor:  # type: ignore[override]
+        assert self.bias is not None
+        frames = self.kernel_size[0] - 1
+        # [B,C,T,H,W] -> [B,channels_out,T+frames,H,W]: the last frames are begun, the next chunk ends them
+        sums = F.conv3d(x, self.weight, self.bias, padding=(frames, *self.padding[1:]))
+        return history.overlap(sums, frames, self.bias.reshape(-1, 1, 1, 1))
 
 
 class ChannelNorm(nn.Module):

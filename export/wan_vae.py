@@ -13,7 +13,17 @@ from torch import Tensor, nn
 
 from tubelet.runtime.spec import WanVaeSpec
 
-from .causal import CausalConv3d, ChannelNorm, Downsample, History, ResidualBlock, Upsample, average, duplicate
+from .causal import (
+    CausalConv3d,
+    ChannelNorm,
+    Downsample,
+    History,
+    NarrowCausalConv3d,
+    ResidualBlock,
+    Upsample,
+    average,
+    duplicate,
+)
 
 
 class Attention(nn.Module):
@@ -136,7 +146,7 @@ class WanDecoder(nn.Module):
             self.levels.append(Level([before, *[width] * spec.decoder_blocks], resample, shortcut))
             before = after
         self.norm_out = ChannelNorm(widths[-1])
-        self.conv_out = CausalConv3d(widths[-1], 3 * spec.pixel_patch**2, 3)
+        self.conv_out = NarrowCausalConv3d(widths[-1], 3 * spec.pixel_patch**2, 3)
 
     def forward(self, latents: Tensor, history: History) -> Tensor:
         x = self.middle(self.conv_in(self.project(latents), history), history)

@@ -7,6 +7,8 @@ in between. Knows nothing of what the graphs mean.
 
 from __future__ import annotations
 
+import contextlib
+import ctypes
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, Protocol
@@ -19,6 +21,7 @@ EXACT = {
     "session.qdq_matmulnbits_accuracy_level": "1",  # inputs of 8-bit weights stay float32
 }
 CPU, CUDA = "CPUExecutionProvider", "CUDAExecutionProvider"
+M_MMAP_THRESHOLD = -3  # glibc's malloc.h
 Arrays = Mapping[str, Any]
 
 
@@ -65,8 +68,11 @@ def require_provider(provider: str) -> str:
 class OnnxRuntimeEngine:
     """An engine on one of ONNX Runtime's execution providers."""
 
-    def __init__(self, graph: Path, threads: int | None = None, provider: str = CPU):
-        """Loads a graph and its weights. Raises UserError when ONNX Runtime is absent or refuses the graph."""
+    def __init__(self, graph: Path, threads: int | None = None, provider: str = CPU, frugal: bool = False):
+        """Loads a graph and its weights. Raises UserError when ONNX Runtime is absent or refuses the graph.
+
+        `frugal`: no memory is kept for values that are no more needed, which pays where they are few and large.
+        """
         require_provider(provider)
         import onnxruntime as ort
 
@@ -77,6 +83,11 @@ class OnnxRuntimeEngine:
         options.log_severity_level = 3
         for name, value in EXACT.items():
             options.add_session_config_entry(name, value)
+        # As the graph lists them: what shortens a value runs before another value is made.
+        options.execution_order = ort.ExecutionOrder.PRIORITY_BASED
+        if frugal:
+            options.enable_cpu_mem_arena = options.enable_mem_pattern = False
+            _give_blocks_back()
         try:
             self._session = ort.InferenceSession(str(graph), options, providers=[provider])
         except Exception as error:  # ONNX Runtime's classes derive from Exception alone
@@ -111,6 +122,15 @@ class OnnxRuntimeEngine:
         self._session.run_with_iobinding(io)
         results = zip(self._outputs, io.get_outputs(), strict=True)
         return {name: value if name.startswith("next_") else value.numpy() for name, value in results}
+
+
+def _give_blocks_back() -> None:
+    """Lets freed blocks of 1 MiB and more go back to the system at once, where the C library is glibc.
+
+    By itself it learns to keep blocks of up to 32 MiB, and larger ones do not fit between them.
+    """
+    with contextlib.suppress(AttributeError):
+        ctypes.CDLL(None).mallopt(M_MMAP_THRESHOLD, 1 << 20)
 
 
 def _bind(bind: Callable[..., None], arrays: Arrays) -> None:

@@ -48,7 +48,8 @@ class Engines(Components, Protocol):
 class HostEngines:
     """Engines whose arrays are the host's, each loaded when it is first asked for.
 
-    Those of one of `groups` make room for those of another.
+    Those of one of `groups` make room for those of another, and that of a clip's first frame, which has run, for that
+    of the frames after it: it holds the same weights.
     """
 
     def __init__(self, load: Callable[[str], Engine], groups: Sequence[Collection[str]] = ()):
@@ -60,6 +61,7 @@ class HostEngines:
             beside = next((group for group in self._groups if name in group), self._loaded.keys())
             self._loaded = {other: engine for other, engine in self._loaded.items() if other in beside}
             self._loaded[name] = self._load(name)
+        self._loaded.pop(f"{name}_first", None)
         return self._loaded[name]
 
     def check(self, geometry: Geometry, batch: int) -> None:
@@ -130,7 +132,11 @@ def _open_host(bundle: Bundle, target: str, threads: int | None) -> tuple[Engine
     provider = PROVIDERS[target]
     detail = require_provider(provider)
     residency = plan_host_residency(bundle.manifest.components)
-    engines = HostEngines(lambda name: OnnxRuntimeEngine(bundle.graph(name), threads, provider), residency.groups)
+
+    def load(name: str) -> Engine:
+        return OnnxRuntimeEngine(bundle.graph(name), threads, provider, frugal=name.startswith("vae_"))
+
+    engines = HostEngines(load, residency.groups)
     if len(residency.groups) > 1:
         return engines, f"{detail}: {residency.sentence}"
     for name in bundle.manifest.components:

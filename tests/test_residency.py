@@ -94,3 +94,14 @@ def test_the_host_loads_in_turn_what_does_not_fit_together(monkeypatch: pytest.M
         assert engines[name] == name
 
     assert loaded == ["text_encoder", "conditioner", "denoiser", "conditioner"]
+
+
+def test_the_engine_of_a_first_frame_goes_when_the_next_one_comes() -> None:
+    """Both hold a half's weights."""
+    loaded: list[str] = []
+    engines = HostEngines(lambda name: loaded.append(name) or name)  # type: ignore[arg-type,func-returns-value]
+    for _ in range(2):
+        for name in ("vae_decoder_first", "vae_decoder", "vae_decoder"):
+            assert engines[name] == name
+
+    assert loaded == ["vae_decoder_first", "vae_decoder", "vae_decoder_first"]
