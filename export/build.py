@@ -78,7 +78,7 @@ def build(
             parity=tuple(parity),
         )
         write_manifest(partial, manifest)
-    return Bundle.open(output)
+    return Bundle(output, manifest)
 
 
 def open_checkpoint(folder: Path) -> Checkpoint:

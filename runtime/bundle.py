@@ -22,6 +22,7 @@ from pathlib import Path
 from .errors import UserError
 from .spec import ModelSpec
 from .strict import read
+from .verified import has_hash
 
 SCHEMA = 3
 MANIFEST = "bundle.json"
@@ -214,5 +215,5 @@ def _verify(path: Path, expected: FileRecord) -> None:
         raise UserError(
             f"{path} has {size} bytes, the manifest says {expected.bytes}: it is truncated or changed; {remedy}"
         )
-    if record(path).sha256 != expected.sha256:
+    if not has_hash(path, expected.sha256):
         raise UserError(f"{path} does not match the manifest's hash: it is corrupt; {remedy}")

@@ -14,6 +14,7 @@ from typing import Any
 
 from .atomic import temporary_beside
 from .memory import Resource
+from .user_cache import user_cache
 
 
 class KernelCache(Resource):
@@ -22,7 +23,7 @@ class KernelCache(Resource):
     def __init__(self, config: Any, plan: Path, key: str, architecture: str):
         self._cache, self._files = config.create_runtime_cache(), [plan.with_suffix(f".{architecture}.cache")]
         with contextlib.suppress(RuntimeError):  # a user without a home
-            self._files.append(Path.home() / ".cache" / "tubelet" / f"{key}.{architecture}.cache")
+            self._files.append(user_cache() / f"{key}.{architecture}.cache")
         for file in self._files:
             with contextlib.suppress(OSError):
                 if self._cache.deserialize(file.read_bytes()):
