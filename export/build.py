@@ -38,7 +38,8 @@ from .trace import trace
 from .wan import open_wan
 
 Report = Callable[[str], None]
-READERS = {"LTXPipeline": open_ltx, "LTXImageToVideoPipeline": open_ltx}  # by diffusers' class; all others are of Wan
+LTX = ("LTXPipeline", "LTXImageToVideoPipeline", "LTXConditionPipeline")
+READERS = dict.fromkeys(LTX, open_ltx)  # by diffusers' class of pipeline; all others are of Wan
 
 
 def build(

@@ -30,8 +30,8 @@ class History:
         return self._extend(x, frames, lambda: x.new_zeros(b, c, frames, h, w))
 
     def repeat(self, x: Tensor, frames: int) -> Tensor:
-        """The same, where the first frame stands before a clip."""
-        return self._extend(x, frames, lambda: torch.cat([x[:, :, :1]] * frames, dim=2))
+        """The same, where copies of the first frame stand before a clip; a pass without a past is of that frame."""
+        return self._extend(x, frames, lambda: torch.cat([x] * frames, dim=2))
 
     def _extend(self, x: Tensor, frames: int, before: Callable[[], Tensor]) -> Tensor:
         x = torch.cat([before() if self.first else next(self._past), x], dim=2)

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import math
 import shutil
 from pathlib import Path
 from types import SimpleNamespace
@@ -25,11 +26,11 @@ from safetensors.torch import load_file, save_file
 from torch_engines import TorchEngines, painted
 
 from tubelet.export.build import open_checkpoint
-from tubelet.export.checkpoint import Checkpoint
+from tubelet.export.checkpoint import Checkpoint, parameters
 from tubelet.export.dit import Conditioner, Denoiser
 from tubelet.export.estimate import KINDS
 from tubelet.export.lora import Lora, merged
-from tubelet.export.ltx_names import TRANSFORMER
+from tubelet.export.ltx_names import TRANSFORMER, vae_sources
 from tubelet.export.names import Layout
 from tubelet.export.profiles import choose
 from tubelet.export.traffic import Shape
@@ -172,6 +173,31 @@ def test_a_block_at_real_width_is_diffusers(model: Published) -> None:
     found = ours["denoiser"](tokens, features, cos, sin, *ours["conditioner"](text), known, text_mask=mask)
 
     assert relative(found, wanted) < TOLERANCE
+
+
+def test_the_published_sizes_fit(model: Published) -> None:
+    """diffusers' defaults are those of the published model; every parameter has its place and size, without values."""
+    from diffusers import AutoencoderKLLTXVideo, LTXVideoTransformer3DModel
+
+    small, widths, layers = model.checkpoint.spec, (128, 256, 512, 512), (4, 3, 3, 3, 4)
+    spec = dataclasses.replace(
+        small,
+        text_encoder=dataclasses.replace(small.text_encoder, width=4096),
+        denoiser=dataclasses.replace(
+            small.denoiser, latent_channels=128, width=2048, depth=28, heads=32, ffn_width=8192, text_width=4096
+        ),
+        vae=dataclasses.replace(
+            small.vae, latent_channels=128, widths=widths, decoder_widths=widths, encoder_blocks=layers,
+            decoder_blocks=layers, latent_mean=(0.0,) * 128, latent_std=(1.0,) * 128,
+        ),
+    )  # fmt: skip
+    with torch.device("meta"):
+        ours, theirs = parameters(spec), (LTXVideoTransformer3DModel(), AutoencoderKLLTXVideo())
+    denoising = [name for name in ours if name.split(".")[0] in ("denoiser", "conditioner")]
+    places = TRANSFORMER.sources(denoising, Layout.DIFFUSERS, 28), vae_sources(n for n in ours if n.startswith("vae."))
+    for place, module in zip(places, theirs, strict=True):
+        wanted = {name: tensor.numel() for name, tensor in module.state_dict().items()}
+        assert {name: math.prod(ours[mine]) for mine, name in place.items()} == wanted
 
 
 @pytest.mark.parametrize("clip", CLIPS)

@@ -10,6 +10,7 @@ from typing import Any
 
 import numpy as np
 import onnx
+import onnx_ir as ir
 import pytest
 import torch
 from ltx_published import arguments, finished, noise_of, pipeline, relative, request
@@ -17,6 +18,7 @@ from ltx_published import arguments, finished, noise_of, pipeline, relative, req
 from tubelet.export.build import build, open_checkpoint
 from tubelet.export.components import build_modules, components
 from tubelet.export.parity import weights_of
+from tubelet.export.precision import lower
 from tubelet.runtime import Bundle, Pipeline
 from tubelet.runtime.bundle import Extents, extents, required, sizes
 from tubelet.runtime.canvas import Canvas
@@ -84,6 +86,7 @@ def test_the_denoiser_has_native_operations(made: tuple[Any, Path, Bundle]) -> N
     assert kinds.count("Attention") == 2 * depth
     assert kinds.count("RMSNormalization") == 5 * depth  # two before what is modulated, two of queries, one of keys
     assert kinds.count("LayerNormalization") == 1
+    assert lower(ir.load(bundle.graph("denoiser")), "bf16").attentions == 2 * depth  # each may be one fused kernel
 
 
 def test_a_clip_decoded_whole_has_frames_in_its_extents(made: tuple[Any, Path, Bundle]) -> None:
