@@ -80,7 +80,7 @@ def _measure_short(checkpoint: Checkpoint, component: Component, folder: Path) -
     tensors = _leading(checkpoint.tensors, component)
     with tempfile.NamedTemporaryFile(dir=folder, prefix=".", suffix=".onnx") as graph:
         ir.save(trace(component, tensors), graph.name)
-        rows = _measure(dataclasses.replace(checkpoint, tensors=tensors), component, Path(graph.name))
+        rows = _measure(dataclasses.replace(checkpoint, tensors=tensors), component, Path(graph.name), fold=False)
     return [dataclasses.replace(row, shape=f"one block, {row.shape}") for row in rows]
 
 
@@ -94,11 +94,11 @@ def _leading(tensors: Mapping[str, StoredTensor], component: Component) -> dict[
     return found
 
 
-def _measure(checkpoint: Checkpoint, component: Component, graph: Path) -> list[ParityRow]:
+def _measure(checkpoint: Checkpoint, component: Component, graph: Path, fold: bool = True) -> list[ParityRow]:
     cases = [_inputs(component, extents) for extents in component.shapes]
     with weights_of(checkpoint, component.module, component.weights):
         expected = [component.run(inputs) for inputs in cases]
-    engine, rows = OnnxRuntimeEngine(graph), []
+    engine, rows = OnnxRuntimeEngine(graph, frugal=not fold, fold=fold), []
     for extents, inputs, wanted in zip(component.shapes, cases, expected, strict=True):
         results = engine({name: value.numpy() for name, value in inputs.items()})
         errors = [_error(a.numpy(), results[name]) for name, a in zip(component.outputs, wanted, strict=True)]

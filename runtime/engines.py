@@ -68,10 +68,13 @@ def require_provider(provider: str) -> str:
 class OnnxRuntimeEngine:
     """An engine on one of ONNX Runtime's execution providers."""
 
-    def __init__(self, graph: Path, threads: int | None = None, provider: str = CPU, frugal: bool = False):
+    def __init__(
+        self, graph: Path, threads: int | None = None, provider: str = CPU, frugal: bool = False, fold: bool = True
+    ):
         """Loads a graph and its weights. Raises UserError when ONNX Runtime is absent or refuses the graph.
 
-        `frugal`: no memory is kept for values that are no more needed, which pays where they are few and large.
+        `frugal`: no memory is kept for values that are no more needed, which pays where they are few and large. Without
+        `fold` weights are cast and transposed in every run, not once: slower, and without the copies that this takes.
         """
         require_provider(provider)
         import onnxruntime as ort
@@ -89,7 +92,9 @@ class OnnxRuntimeEngine:
             options.enable_cpu_mem_arena = options.enable_mem_pattern = False
             _give_blocks_back()
         try:
-            self._session = ort.InferenceSession(str(graph), options, providers=[provider])
+            self._session = ort.InferenceSession(
+                str(graph), options, providers=[provider], disabled_optimizers=None if fold else ["ConstantFolding"]
+            )
         except Exception as error:  # ONNX Runtime's classes derive from Exception alone
             raise UserError(f"ONNX Runtime cannot load {graph}: {error}; export the bundle again") from error
         if provider not in self._session.get_providers():  # it falls back to the CPU with a warning
