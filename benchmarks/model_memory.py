@@ -15,7 +15,7 @@ import math
 import torch
 
 from tubelet.export.components import build_modules, components
-from tubelet.export.estimate import activation_bytes, weight_bytes
+from tubelet.export.estimate import footprint, weight_bytes
 from tubelet.export.wan import CLIP_HEAD, FAMILIES
 from tubelet.export.wan_vae_names import MULTIPLIERS, RELEASES
 from tubelet.runtime import bundle
@@ -43,7 +43,7 @@ MODELS = {  # size, route, denoisers, pictures
     "Wan2.2 I2V A14B": ("14B", "channels", 2, 0),
     "Wan2.2 TI2V 5B": ("5B", "levels", 1, 0),
 }
-PRECISIONS = {"bf16": 2.0, "fp8": 1.0}
+PRECISIONS = ("bf16", "fp8")
 SHAPES = ((832, 480, 81), (1280, 704, 81))
 
 
@@ -86,17 +86,18 @@ def main() -> None:
             for part in parts
         }  # fmt: skip
         row: dict[str, object] = {"model": name, "parameters": described["denoiser"].parameters}
-        row["text_gib"] = weight_bytes(described["text_encoder"], 2) / GIB
+        row["text_gib"] = weight_bytes(described["text_encoder"], "bf16") / GIB
         row["conditioning_gib"] = (
-            sum(weight_bytes(each, 2) for part, each in described.items() if "conditioner" in part or "image" in part)
+            sum(weight_bytes(each, "bf16") for part, each in described.items() if "conditioner" in part or "image" in part)
             / GIB
         )
-        for precision, size_of in PRECISIONS.items():
-            row[f"denoiser_{precision}_gib"] = weight_bytes(described["denoiser"], size_of) / GIB
+        for precision in PRECISIONS:
+            row[f"denoiser_{precision}_gib"] = weight_bytes(described["denoiser"], precision) / GIB
         for width, height, frames in SHAPES:
             tokens = plan(spec, width, height, frames).tokens
             profile = {n: Range(value, value, value) for n, value in (("B", 2), ("N", tokens), ("L", 512))}
-            needed = activation_bytes(spec, "denoiser", described["denoiser"], profile)
+            takes = footprint(spec, "denoiser", described["denoiser"], [profile], "bf16")
+            needed = takes.buffers + takes.scratch
             row[f"tokens_{width}x{height}"], row[f"activations_{width}x{height}_gib"] = tokens, needed / GIB
         rows.append(row)
     columns = list(rows[0])

@@ -312,7 +312,7 @@ class CaptionerSpec:
         return self.token_values + COORDINATE_COLUMNS
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class ShiftByTokens:
     """A shift that grows with the clip: the exponential of a line through two points (Esser et al. 2024, 5.3.2)."""
 
@@ -323,6 +323,9 @@ class ShiftByTokens:
         require(
             self.tokens[0] < self.tokens[1], f"defaults.shift.tokens must be two that rise, are {list(self.tokens)}"
         )
+
+    def __repr__(self) -> str:
+        return " to ".join(f"{self.at(tokens):.3g} at {tokens} tokens" for tokens in self.tokens)
 
     def at(self, tokens: int) -> float:
         slope = (self.exponents[1] - self.exponents[0]) / (self.tokens[1] - self.tokens[0])
