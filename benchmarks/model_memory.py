@@ -88,7 +88,11 @@ def main() -> None:
         row: dict[str, object] = {"model": name, "parameters": described["denoiser"].parameters}
         row["text_gib"] = weight_bytes(described["text_encoder"], "bf16") / GIB
         row["conditioning_gib"] = (
-            sum(weight_bytes(each, "bf16") for part, each in described.items() if "conditioner" in part or "image" in part)
+            sum(
+                weight_bytes(each, "bf16")
+                for part, each in described.items()
+                if "conditioner" in part or "image" in part
+            )
             / GIB
         )
         for precision in PRECISIONS:
