@@ -13,6 +13,9 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, Protocol
 
+import numpy as np
+
+from .bundle import Shape, extents, sizes
 from .errors import UserError
 
 MAX_THREADS = 1024
@@ -23,6 +26,7 @@ EXACT = {
 CPU, CUDA = "CPUExecutionProvider", "CUDAExecutionProvider"
 M_MMAP_THRESHOLD = -3  # glibc's malloc.h
 Arrays = Mapping[str, Any]
+Ports = Mapping[str, Shape]
 
 
 class Binding(Protocol):
@@ -99,7 +103,8 @@ class OnnxRuntimeEngine:
             raise UserError(f"ONNX Runtime cannot load {graph}: {error}; export the bundle again") from error
         if provider not in self._session.get_providers():  # it falls back to the CPU with a warning
             raise UserError(f"ONNX Runtime cannot use {provider}; install CUDA and cuDNN as onnxruntime-gpu needs them")
-        self._outputs = tuple(port.name for port in self._session.get_outputs())
+        self._inputs: Ports = {port.name: tuple(port.shape) for port in self._session.get_inputs()}
+        self._outputs: Ports = {port.name: tuple(port.shape) for port in self._session.get_outputs()}
 
     def bind(self, inputs: Arrays, outputs: Arrays) -> Binding:
         io = self._session.io_binding()
@@ -111,22 +116,17 @@ class OnnxRuntimeEngine:
         return dict(zip(self._outputs, self._session.run(None, dict(inputs)), strict=True))
 
     def advance(self, inputs: Arrays) -> dict[str, Any]:
-        """Writes over inputs: a graph reads `x` where it is prepended, and makes `next_x` of the result alone."""
-        io = self._session.io_binding()
-        carried = {
-            name: inputs[name.removeprefix("next_")] for name in self._outputs if name.removeprefix("next_") in inputs
-        }
-        _bind(io.bind_input, {name: array for name, array in inputs.items() if f"next_{name}" not in carried})
-        for name, value in carried.items():
-            io.bind_ortvalue_input(name.removeprefix("next_"), value)
-        for name in self._outputs:
-            if name in carried:
-                io.bind_ortvalue_output(name, carried[name])
-            else:
-                io.bind_output(name)
-        self._session.run_with_iobinding(io)
-        results = zip(self._outputs, io.get_outputs(), strict=True)
-        return {name: value if name.startswith("next_") else value.numpy() for name, value in results}
+        """Writes over inputs: a graph reads `x` where it is prepended, and makes `next_x` of the result alone.
+
+        What is new is NumPy's, so that it outlives the engine without keeping the engine's weights.
+        """
+        found = extents(self._inputs, {name: array.shape for name, array in inputs.items()})
+        outputs = {}
+        for name, shape in self._outputs.items():
+            past = inputs.get(name.removeprefix("next_"))
+            outputs[name] = np.empty(sizes(shape, found), np.float32) if past is None else past
+        self.bind(inputs, outputs).run()
+        return outputs
 
 
 def _give_blocks_back() -> None:

@@ -147,12 +147,12 @@ def test_advancing_is_running_in_the_caches_own_memory(pipeline: Pipeline) -> No
     expected, found = first({"latents": frames[0]}), first.advance({"latents": frames[0]})
     for frame in frames[1:]:
         given = {"latents": frame}
-        addresses = {name: cache.data_ptr() for name, cache in caches(found).items()}
+        addresses = {name: cache.ctypes.data for name, cache in caches(found).items()}
         expected, found = engine({**given, **caches(expected)}), engine.advance({**given, **caches(found)})
         np.testing.assert_array_equal(found["pixels"], expected["pixels"])
         for name, cache in caches(found).items():
-            np.testing.assert_array_equal(cache.numpy(), caches(expected)[name])
-            assert cache.data_ptr() == addresses[name]
+            np.testing.assert_array_equal(cache, caches(expected)[name])
+            assert cache.ctypes.data == addresses[name]
 
 
 def caches(results: dict[str, Any]) -> dict[str, Any]:
