@@ -13,6 +13,7 @@ from __future__ import annotations
 import argparse
 import json
 import os
+import select
 import statistics
 import subprocess
 import sys
@@ -20,7 +21,7 @@ import tempfile
 import time
 import traceback
 from collections.abc import Callable, Mapping, Sequence
-from contextlib import ExitStack
+from contextlib import ExitStack, suppress
 from functools import partial
 from pathlib import Path
 from typing import Any, NoReturn, Protocol, TextIO
@@ -53,7 +54,8 @@ def parser(description: str | None, repeats: int) -> argparse.ArgumentParser:
     made = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
     made.add_argument("--folder", type=Path, required=True, help="where models are made, and found by the next run")
     made.add_argument("--repeats", type=int, default=repeats, help="rounds")
-    made.add_argument("--at-once", type=int, default=3, help="runners in memory beside the baseline")
+    made.add_argument("--at-once", type=int, default=2, help="runners in memory beside the baseline")
+    made.add_argument("--limit", type=float, default=600.0, help="seconds that one answer may take")
     made.add_argument("--only", nargs="+", metavar="RUNNER", help="these and the baseline")
     made.add_argument("--prepare", metavar="RUNNER", help="in a child: makes its model")
     made.add_argument("--serve", nargs=2, metavar=("RUNNER", "RESULT"), help="in a child: makes passes")
@@ -82,11 +84,11 @@ def compare(runners: Mapping[str, Runner], options: argparse.Namespace) -> dict[
         raise SystemExit(f"{baseline}: {rows[baseline]['failed']}")
     ready = [name for name in others if name not in rows]
     for at in range(0, max(1, len(ready)), options.at_once):
-        rows |= _wave([baseline, *ready[at : at + options.at_once]], options.repeats)
+        rows |= _wave([baseline, *ready[at : at + options.at_once]], options.repeats, options.limit)
     return {name: rows[name] for name in (baseline, *others)}
 
 
-def _wave(names: Sequence[str], rounds: int) -> dict[str, dict[str, Any]]:
+def _wave(names: Sequence[str], rounds: int, limit: float) -> dict[str, dict[str, Any]]:
     """Rows of runners that live together; the first is the baseline."""
     rows: dict[str, dict[str, Any]] = {}
     passes: dict[str, list[dict[str, float]]] = {name: [] for name in names}
@@ -96,7 +98,7 @@ def _wave(names: Sequence[str], rounds: int) -> dict[str, dict[str, Any]]:
             result = Path(results, f"{number}.npy")
             child = stack.enter_context(_Child("--serve", name, str(result)))
             try:
-                rows[name] = {**child.answer(), "cold_s": child.age()}
+                rows[name] = {**child.answer(limit), "cold_s": child.age()}
                 rows[name]["error"] = _distance(np.load(result), np.load(Path(results, "0.npy")))
                 children[name] = child
                 print(f"{name}: {rows[name]}", file=sys.stderr, flush=True)
@@ -105,11 +107,13 @@ def _wave(names: Sequence[str], rounds: int) -> dict[str, dict[str, Any]]:
         for _ in range(rounds):
             for name, child in list(children.items()):
                 try:
-                    passes[name].append(child.ask())
+                    passes[name].append(child.ask(limit))
                     print(f"{name}: {passes[name][-1]}", file=sys.stderr, flush=True)
                 except Failure as failure:
                     rows[name] = {"failed": str(failure)}
                     del children[name]
+    if names[0] not in children:
+        raise SystemExit(f"{names[0]}: {rows[names[0]]['failed']}")
     reference = [each["s"] for each in passes[names[0]]]
     for name in children:
         seconds = [each["s"] for each in passes[name]]
@@ -127,7 +131,7 @@ class _Child:
     """This script again, as a child that answers in lines of JSON."""
 
     def __init__(self, *mode: str):
-        self._log = tempfile.TemporaryFile("w+")
+        self._log = tempfile.TemporaryFile("w+")  # noqa: SIM115 closed in __exit__
         self._start = time.perf_counter()
         self._process = subprocess.Popen(
             [sys.executable, *sys.argv, *mode],
@@ -141,7 +145,8 @@ class _Child:
         return self
 
     def __exit__(self, *_: object) -> None:
-        self._process.stdin.close()
+        with suppress(BrokenPipeError):
+            self._process.stdin.close()
         try:
             self._process.wait(20)
         except subprocess.TimeoutExpired:
@@ -154,14 +159,17 @@ class _Child:
         """Seconds since it was started."""
         return time.perf_counter() - self._start
 
-    def ask(self) -> dict[str, Any]:
+    def ask(self, limit: float) -> dict[str, Any]:
         """One more pass."""
         self._process.stdin.write("\n")
         self._process.stdin.flush()
-        return self.answer()
+        return self.answer(limit)
 
-    def answer(self) -> dict[str, Any]:
-        """What it says next. Raises Failure where that is an error, or nothing."""
+    def answer(self, limit: float | None = None) -> dict[str, Any]:
+        """What it says next. Raises Failure where that is an error, or nothing, or not within so many seconds."""
+        if not select.select([self._process.stdout], [], [], limit)[0]:
+            self._process.kill()
+            raise Failure(f"no answer within {limit:.0f} s")
         line = self._process.stdout.readline()
         if not line:
             self._log.seek(0)
@@ -209,6 +217,7 @@ def _answer(answers: TextIO, told: Mapping[str, Any]) -> None:
 
 def _distance(found: Array, expected: Array) -> float:
     """L2 of the difference over L2 of what was expected."""
+    expected = expected.astype(np.float32)
     return float(np.linalg.norm(found - expected) / np.linalg.norm(expected))
 
 
