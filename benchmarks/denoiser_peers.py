@@ -178,7 +178,7 @@ class OpenVino:
                 model, nncf.Dataset(samples), model_type=nncf.ModelType.TRANSFORMER, subset_size=len(samples)
             )
         else:
-            inputs = {name: torch.from_numpy(value) for name, value in self.case.inputs().items()}
+            inputs = {name: torch.from_numpy(value) for name, value in self.case.calibration()[0].items()}
             shapes = [(name, [-1] * value.ndim) for name, value in inputs.items()]
             with torch.no_grad():
                 model = openvino.convert_model(_transformer(folder), example_input=inputs, input=shapes)

@@ -20,8 +20,8 @@ import sys
 import tempfile
 import time
 import traceback
-from collections.abc import Callable, Mapping, Sequence
-from contextlib import ExitStack, suppress
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager, suppress
 from functools import partial
 from pathlib import Path
 from typing import Any, NoReturn, Protocol, TextIO
@@ -32,6 +32,9 @@ from numpy.typing import NDArray
 from tubelet.runtime.resident import peak_resident_bytes
 
 Array = NDArray[Any]
+Pass = dict[str, float]
+Row = dict[str, Any]
+Rows = dict[str, Row]
 GIB = 2**30
 
 
@@ -62,7 +65,7 @@ def parser(description: str | None, repeats: int) -> argparse.ArgumentParser:
     return made
 
 
-def compare(runners: Mapping[str, Runner], options: argparse.Namespace) -> dict[str, dict[str, Any]]:
+def compare(runners: Mapping[str, Runner], options: argparse.Namespace) -> Rows:
     """A row for each runner, the baseline first. In a child of this process it does not return."""
     options.folder.mkdir(parents=True, exist_ok=True)
     if options.prepare:
@@ -70,61 +73,63 @@ def compare(runners: Mapping[str, Runner], options: argparse.Namespace) -> dict[
     if options.serve:
         name, result = options.serve
         _child(partial(_serve, runners[name], options.folder, Path(result)))
-    baseline, *others = runners
-    others = [name for name in others if options.only is None or name in options.only]
-    rows: dict[str, dict[str, Any]] = {}
+    baseline, *others = [name for number, name in enumerate(runners) if not number or name in (options.only or runners)]
+    rows: Rows = {}
     for name in (baseline, *others):
-        print(f"{name}: make", file=sys.stderr, flush=True)
-        try:
-            with _Child("--prepare", name) as child:
-                child.answer()
-        except Failure as failure:
-            rows[name] = {"failed": str(failure)}
-    if baseline in rows:
-        raise SystemExit(f"{baseline}: {rows[baseline]['failed']}")
+        print(f"make: {name}", file=sys.stderr, flush=True)
+        with _Child("--prepare", name) as child, _telling(rows, name):
+            child.answer()
     ready = [name for name in others if name not in rows]
     for at in range(0, max(1, len(ready)), options.at_once):
-        rows |= _wave([baseline, *ready[at : at + options.at_once]], options.repeats, options.limit)
-    return {name: rows[name] for name in (baseline, *others)}
+        if baseline not in rows or "s" in rows[baseline]:
+            rows |= _wave([baseline, *ready[at : at + options.at_once]], options.repeats, options.limit)
+    return {name: rows[name] for name in (baseline, *others) if name in rows}
 
 
-def _wave(names: Sequence[str], rounds: int, limit: float) -> dict[str, dict[str, Any]]:
+def _wave(names: Sequence[str], rounds: int, limit: float) -> Rows:
     """Rows of runners that live together; the first is the baseline."""
-    rows: dict[str, dict[str, Any]] = {}
-    passes: dict[str, list[dict[str, float]]] = {name: [] for name in names}
-    with ExitStack() as stack, tempfile.TemporaryDirectory() as results:
-        children = {}
-        for number, name in enumerate(names):
-            result = Path(results, f"{number}.npy")
-            child = stack.enter_context(_Child("--serve", name, str(result)))
-            try:
-                rows[name] = {**child.answer(limit), "cold_s": child.age()}
-                rows[name]["error"] = _distance(np.load(result), np.load(Path(results, "0.npy")))
-                children[name] = child
-                print(f"{name}: {rows[name]}", file=sys.stderr, flush=True)
-            except Failure as failure:
-                rows[name] = {"failed": str(failure)}
+    rows: Rows = {}
+    with ExitStack() as stack, tempfile.TemporaryDirectory() as folder:
+        results = {name: Path(folder, f"{number}.npy") for number, name in enumerate(names)}
+        children: dict[str, _Child] = {}
+        for name, result in results.items():
+            children[name] = stack.enter_context(_Child("--serve", name, str(result)))
+            with _telling(rows, name):
+                children[name].answer(limit)
+                rows[name] = {"cold_s": children[name].age(), "passes": []}
         for _ in range(rounds):
-            for name, child in list(children.items()):
-                try:
-                    passes[name].append(child.ask(limit))
-                    print(f"{name}: {passes[name][-1]}", file=sys.stderr, flush=True)
-                except Failure as failure:
-                    rows[name] = {"failed": str(failure)}
-                    del children[name]
-    if names[0] not in children:
-        raise SystemExit(f"{names[0]}: {rows[names[0]]['failed']}")
-    reference = [each["s"] for each in passes[names[0]]]
-    for name in children:
-        seconds = [each["s"] for each in passes[name]]
-        rows[name] |= {
-            "s": statistics.median(seconds),
-            "cpu_s": statistics.median(each["cpu_s"] for each in passes[name]),
-            "speed": statistics.median(r / s for r, s in zip(reference, seconds, strict=True)),
-            "passes_s": seconds,
-            "peak_gib": passes[name][-1]["peak"] / GIB,
-        }
+            for name in [name for name in names if "failed" not in rows[name]]:
+                with _telling(rows, name):
+                    rows[name]["passes"].append(children[name].ask(limit))
+                    print(f"{name}: {rows[name]['passes'][-1]}", file=sys.stderr, flush=True)
+        if "failed" in rows[names[0]]:
+            return rows
+        for name in [name for name in names if "failed" not in rows[name]]:
+            rows[name]["error"] = _distance(np.load(results[name]), np.load(results[names[0]]))
+            rows[name] |= _medians(rows[name]["passes"], rows[names[0]]["passes"])
     return rows
+
+
+def _medians(passes: Sequence[Pass], reference: Sequence[Pass]) -> Row:
+    """Of a runner's passes, and of the same rounds' of the baseline."""
+    both = list(zip(passes, reference, strict=True))
+    return {
+        "s": statistics.median(each["s"] for each in passes),
+        "cpu_s": statistics.median(each["cpu_s"] for each in passes),
+        "speed": statistics.median(its["s"] / each["s"] for each, its in both),
+        "cpu_speed": statistics.median(its["cpu_s"] / each["cpu_s"] for each, its in both),
+        "peak_gib": passes[-1]["peak"] / GIB,
+    }
+
+
+@contextmanager
+def _telling(rows: Rows, name: str) -> Iterator[None]:
+    """A runner's failure becomes its row."""
+    try:
+        yield
+    except Failure as failure:
+        rows[name] = {"failed": str(failure)}
+        print(f"{name}: {failure}", file=sys.stderr, flush=True)
 
 
 class _Child:
