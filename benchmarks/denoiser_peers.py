@@ -34,7 +34,15 @@ CALIBRATED = (900.0, 700.0, 300.0, 100.0)  # timesteps
 CALIBRATION_ROWS = 64  # inputs of each layer, of each of these and of both branches, in which tubelet searches scales
 PEAK_ROWS, PEAK_PASSES = 1280, 7
 ELEMENTS = {np.dtype(np.float32): "float", np.dtype(np.uint8): "uint8"}
-COLUMNS = {"s": ".2f", "cpu_s": ".1f", "speed": ".2f", "error": ".1e", "cold_s": ".1f", "peak_gib": ".2f", "share": ".2f"}
+COLUMNS = {
+    "s": ".2f",
+    "cpu_s": ".1f",
+    "speed": ".2f",
+    "error": ".1e",
+    "cold_s": ".1f",
+    "peak_gib": ".2f",
+    "share": ".2f",
+}
 
 
 @dataclass(frozen=True)
