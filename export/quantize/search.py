@@ -7,7 +7,7 @@ the error; greatest inputs are clipped where that does.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -32,44 +32,46 @@ class Found:
 
 
 def search(site: Site, seen: Seen, format: Format) -> Found:
-    """Tries every migration and clipping."""
+    """Tries every migration, without one first, and with each every clipping."""
+    weights = [layer.values() for layer in site.layers]
+    expected = [seen.rows @ weight.T for weight in weights]
+    largest = np.max([np.abs(weight).max(axis=0) for weight in weights], axis=0)  # [I]
     best: Found | None = None
-    for rounding in _candidates(site, seen, format):
-        found = measure(site, seen.rows, rounding)
-        needed = WORTH_IT if best and best.rounding.factors is None and rounding.factors is not None else 1.0
-        if best is None or found.total < needed * best.total:
-            best = found
+    for strength in (None, *STRENGTHS) if format.rounds_inputs else (None,):
+        factors = None if strength is None else _factors(seen.largest, largest, strength)
+        divided = weights if factors is None else [weight / factors for weight in weights]
+        restored = [round_weight(format, weight).restore() for weight in divided]
+        for scale in _scales(seen, format, factors):
+            rounding = Rounding(format, factors, scale)
+            found = _measure(site, seen.rows, rounding, restored, expected)
+            needed = WORTH_IT if best and best.rounding.factors is None and factors is not None else 1.0
+            if best is None or found.total < needed * best.total:
+                best = found
     assert best is not None
     return best
 
 
-def measure(site: Site, rows: Float32, rounding: Rounding) -> Found:
-    """The errors of a Rounding on inputs [rows,I]."""
-    factors = np.float32(1) if rounding.factors is None else rounding.factors
-    inputs = round_inputs(rounding.format, rows * factors, rounding.scale)
+def _measure(
+    site: Site, rows: Float32, rounding: Rounding, restored: Sequence[Float32], expected: Sequence[Float32]
+) -> Found:
+    """The errors of a Rounding on inputs [rows,I], with each layer's rounded weight and its outputs as they were."""
+    moved = rows if rounding.factors is None else rows * rounding.factors
+    inputs = round_inputs(rounding.format, moved, rounding.scale)
     errors, lost, whole = {}, 0.0, 0.0
-    for layer in site.layers:
-        weight = layer.values()
-        expected = rows @ weight.T
-        difference = inputs @ round_weight(rounding.format, weight / factors).restore().T - expected
-        energy, output = float(np.square(difference).sum()), float(np.square(expected).sum())
+    for layer, weight, wanted in zip(site.layers, restored, expected, strict=True):
+        energy, output = float(np.square(inputs @ weight.T - wanted).sum()), float(np.square(wanted).sum())
         errors[layer.name] = (energy / output) ** 0.5
         lost, whole = lost + energy, whole + output
     return Found(rounding, errors, (lost / whole) ** 0.5)
 
 
-def _candidates(site: Site, seen: Seen, format: Format) -> Iterator[Rounding]:
-    """Without a migration first."""
+def _scales(seen: Seen, format: Format, factors: Float32 | None) -> list[float]:
+    """Of inputs after the migration, with the greatest of them clipped more and more."""
     if not format.rounds_inputs:
-        yield Rounding(format, None, 1.0)
-        return
+        return [1.0]
+    largest = float((seen.largest if factors is None else seen.largest * factors).max())
     clipped = CLIPPED if format.block is None else CLIPPED[:1]  # blocks have scales of their own
-    weights = np.max([np.abs(layer.values()).max(axis=0) for layer in site.layers], axis=0)  # [I]
-    for strength in (None, *STRENGTHS):
-        factors = None if strength is None else _factors(seen.largest, weights, strength)
-        largest = float((seen.largest * (1 if factors is None else factors)).max())
-        for share in clipped:
-            yield Rounding(format, factors, input_scale(format, share * largest))
+    return [input_scale(format, share * largest) for share in clipped]
 
 
 def _factors(inputs: Float32, weights: Float32, strength: float) -> Float32:

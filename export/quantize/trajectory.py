@@ -46,14 +46,11 @@ def observe(pipeline: Pipeline, graph: Path, folder: Path, requests: Sequence[Re
 
     Every step of every request counts, with and without the prompt where the request is guided.
     """
-    model = ir.load(graph)
-    names = _watch(model, sites(model))
-    ir.save(model, folder / "watched.onnx")
     evaluations = sum(pipeline.check(request)[0].steps for request in requests)
-    watching = _Watching(OnnxRuntimeEngine(folder / "watched.onnx"), max(1, ROWS // (2 * evaluations)))
+    watching = Watching(graph, folder, max(1, ROWS // (2 * evaluations)))
     for request in requests:
         denoise(pipeline, watching, request)
-    return {name: watching.seen(name) for name in names}
+    return watching.seen()
 
 
 def _watch(model: ir.Model, found: Sequence[Site]) -> list[str]:
@@ -74,11 +71,16 @@ def _watch(model: ir.Model, found: Sequence[Site]) -> list[str]:
     return [site.name for site in found]
 
 
-class _Watching:
+class Watching:
     """A denoiser's engine that keeps what its sites read."""
 
-    def __init__(self, engine: Engine, rows: int):
-        self._engine, self._rows, self._random = engine, rows, np.random.default_rng(0)
+    def __init__(self, graph: Path, folder: Path, rows: int):
+        """Keeps so many inputs of each site at every evaluation; the folder has the graph's weights."""
+        model = ir.load(graph)
+        self._names = _watch(model, sites(model))
+        ir.save(model, folder / "watched.onnx")
+        self._engine, self._rows = OnnxRuntimeEngine(folder / "watched.onnx"), rows
+        self._random = np.random.default_rng(0)
         self._largest: dict[str, Float32] = {}
         self._read: dict[str, list[Float32]] = {}
 
@@ -99,13 +101,14 @@ class _Watching:
     def advance(self, inputs: Arrays) -> dict[str, Any]:
         return self(inputs)
 
-    def seen(self, site: str) -> Seen:
-        return Seen(self._largest[site], np.concatenate(self._read[site]))
+    def seen(self) -> dict[str, Seen]:
+        """What every site has read so far, by its name."""
+        return {name: Seen(self._largest[name], np.concatenate(self._read[name])) for name in self._names}
 
 
 @dataclass(frozen=True)
 class _WatchedBinding:
-    engine: _Watching
+    engine: Watching
     inputs: Arrays
     outputs: Arrays
 
