@@ -22,8 +22,8 @@ from tempfile import TemporaryDirectory
 from typing import Any
 
 import numpy as np
-
 from peers import Array, Runner, compare, cpu_model, parser, show
+
 from tubelet.export.content import place
 from tubelet.runtime.atomic import new_folder
 

@@ -18,8 +18,8 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-
 from peers import Array, Runner, compare, cpu_model, parser, show
+
 from tubelet.runtime.atomic import new_folder
 
 CHANNELS, SCALE = 16, 8
