@@ -28,6 +28,7 @@ from tubelet.export.build import write_graphs
 from tubelet.export.checkpoint import SPEC, Checkpoint
 from tubelet.export.components import build_modules
 from tubelet.export.engines import build_engines
+from tubelet.export.hashes import Hashes
 from tubelet.export.profiles import choose
 from tubelet.export.traffic import Shape
 from tubelet.runtime import EMBEDDED, Bundle
@@ -124,7 +125,8 @@ def write_checkpoint(spec: ModelSpec, folder: Path) -> None:
 def write_bundle(folder: Path) -> None:
     """Makes a checkpoint's folder a bundle too: its weights are not copied, and nothing is run."""
     checkpoint = Checkpoint.open(folder)
-    components = write_graphs(checkpoint, folder)
+    with Hashes() as hashes:
+        components = write_graphs(checkpoint, folder, hashes)
     names = sorted({WEIGHTS, TOKENIZER, *(component.graph for component in components.values())})
     files = {name: record(folder / name) for name in names}
     key = content_key(checkpoint.spec, components, files[TOKENIZER])

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import shutil
 from collections.abc import Callable, Sequence
+from concurrent.futures import Future
 from pathlib import Path
 
 import onnx_ir as ir
@@ -19,7 +20,6 @@ from tubelet.runtime.bundle import (
     TOKENIZER,
     Bundle,
     Component,
-    FileRecord,
     Manifest,
     content_key,
     record,
@@ -29,11 +29,11 @@ from tubelet.runtime.bundle import (
 from .checkpoint import SPEC, Checkpoint
 from .components import build_modules, components
 from .content import graph_digest, place, weight_line, weights_digest
+from .hashes import Hashes
 from .lora import Lora, merged
 from .ltx import open_ltx
 from .parity import measure
 from .published import is_published, pipeline_class
-from .storage import digest
 from .trace import trace
 from .wan import open_wan
 
@@ -54,7 +54,7 @@ def build(
     The bundle's weights are hard links to the checkpoint's files, or with `copy` copies of them. Raises UserError when
     the checkpoint is unreadable, its parameters do not fit its spec, or `output` exists or cannot be written.
     """
-    with new_folder(output) as partial:
+    with new_folder(output) as partial, Hashes() as hashes:
         on_stage("read the checkpoint")
         checkpoint = merged(open_checkpoint(source), loras)
         on_stage("merge")
@@ -63,10 +63,13 @@ def build(
             if path.parent != partial:
                 place(path, partial / name, copy)
         shutil.copyfile(checkpoint.tokenizer, partial / TOKENIZER)
-        graphs = write_graphs(checkpoint, partial, on_stage)
+        graphs = write_graphs(checkpoint, partial, hashes, on_stage)
+        weights = {name: hashes.file(partial / name) for name in checkpoint.files}
         on_stage("measure parity")
         parity = measure(checkpoint, partial)
-        files = _records(partial, on_stage)
+        on_stage("hash files")
+        others = {path.name: record(path) for path in partial.iterdir() if path.name not in weights}
+        files = dict(sorted({**others, **{name: found.result() for name, found in weights.items()}}.items()))
         manifest = Manifest(
             schema=SCHEMA,
             key=content_key(checkpoint.spec, graphs, files[TOKENIZER]),
@@ -88,36 +91,34 @@ def open_checkpoint(folder: Path) -> Checkpoint:
     return Checkpoint.open(folder) if own else READERS.get(str(pipeline_class(folder)), open_wan)(folder)
 
 
-def _records(folder: Path, on_stage: Report) -> dict[str, FileRecord]:
-    files = {}
-    for path in sorted(folder.iterdir()):
-        on_stage(f"hash {path.name}")
-        files[path.name] = record(path)
-    return files
-
-
-def write_graphs(checkpoint: Checkpoint, folder: Path, on_stage: Report = lambda stage: None) -> dict[str, Component]:
+def write_graphs(
+    checkpoint: Checkpoint, folder: Path, hashes: Hashes, on_stage: Report = lambda stage: None
+) -> dict[str, Component]:
     """Traces every component into `folder`; needs memory for graphs, not for weights."""
     with torch.device("meta"):
         modules = build_modules(checkpoint.spec)
-    written, digests = {}, dict[str, str]()
+    traced, found = [], dict[str, Future[str]]()
     for component in components(checkpoint.spec, modules):
         on_stage(f"trace {component.name}")
         model = trace(component, checkpoint.tensors)
         ir.save(model, folder / f"{component.name}.onnx")
         constants = [value.const_value for value in model.graph.initializers.values()]
         weights = {str(c.name): int(c.size) for c in constants if isinstance(c, ir.ExternalTensor)}
-        on_stage(f"hash the weights of {component.name}")
-        for name in weights.keys() - digests.keys():
+        for name in weights.keys() - found.keys():
             stored = checkpoint.tensors[name]
-            sha256 = digest(checkpoint.files[stored.file], stored)
-            digests[name] = weight_line(name, stored.dtype, stored.shape, sha256)
-        written[component.name] = Component(
+            found[name] = hashes.tensor(checkpoint.files[stored.file], stored)
+        traced.append((component, graph_digest(model), weights))
+    on_stage("hash weights")
+    tensors = ((name, checkpoint.tensors[name], sha256.result()) for name, sha256 in found.items())
+    lines = {name: weight_line(name, stored.dtype, stored.shape, sha256) for name, stored, sha256 in tensors}
+    return {
+        component.name: Component(
             graph=f"{component.name}.onnx",
-            graph_digest=graph_digest(model),
-            weights_digest=weights_digest(digests[name] for name in weights),
+            graph_digest=graph,
+            weights_digest=weights_digest(lines[name] for name in weights),
             parameters=sum(weights.values()),
             inputs={name: port.shape for name, port in component.inputs.items()},
             outputs={name: port.shape for name, port in component.outputs.items()},
         )
-    return written
+        for component, graph, weights in traced
+    }

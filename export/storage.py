@@ -11,6 +11,7 @@ import json
 import math
 import pickle
 import struct
+import threading
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -108,11 +109,18 @@ def read_values(path: Path, stored: StoredTensor) -> Tensor:
 
 
 def digest(path: Path, stored: StoredTensor) -> str:
-    """SHA-256 of a tensor's bytes, read in blocks."""
-    found, left = hashlib.sha256(), stored.bytes
+    """SHA-256 of a tensor's bytes."""
+    return sha256(path, stored.offset, stored.bytes)
+
+
+def sha256(path: Path, offset: int, size: int, stop: threading.Event | None = None) -> str:
+    """SHA-256 of a part of a file, read in blocks. Raises InterruptedError once `stop` is set."""
+    found, left = hashlib.sha256(), size
     with path.open("rb") as file:
-        file.seek(stored.offset)
+        file.seek(offset)
         while left:
+            if stop is not None and stop.is_set():
+                raise InterruptedError
             block = file.read(min(left, BLOCK))
             if not block:
                 raise UserError(f"{path} is truncated; copy it again")

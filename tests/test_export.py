@@ -6,6 +6,7 @@ pytest tests/test_export.py
 from __future__ import annotations
 
 import dataclasses
+import hashlib
 import json
 import struct
 import subprocess
@@ -20,7 +21,8 @@ from safetensors.torch import load_file, save_file
 from tubelet.export.build import build
 from tubelet.export.checkpoint import Checkpoint
 from tubelet.export.components import build_modules, components
-from tubelet.export.storage import read_header
+from tubelet.export.hashes import Hashes
+from tubelet.export.storage import StoredTensor, read_header
 from tubelet.export.trace import trace
 from tubelet.runtime import EMBEDDED, Bundle, UserError
 from tubelet.runtime.bundle import COMPONENTS, TO_CAPTION
@@ -203,3 +205,24 @@ def test_an_interrupt_leaves_no_bundle(checkpoint: Path, tmp_path: Path) -> None
     with pytest.raises(KeyboardInterrupt):
         build(checkpoint, tmp_path / "bundle", on_stage=interrupt)
     assert [p.name for p in tmp_path.iterdir()] == ["checkpoint"]
+
+
+def test_hashes_are_found_beside_other_work(tmp_path: Path) -> None:
+    path = tmp_path / "file"
+    path.write_bytes(bytes(range(100)))
+    with Hashes() as hashes:
+        record, tensor = hashes.file(path), hashes.tensor(path, StoredTensor("file", "F32", (5,), 10, 20))
+        assert (record.result().bytes, record.result().sha256) == (100, hashlib.sha256(bytes(range(100))).hexdigest())
+        assert tensor.result() == hashlib.sha256(bytes(range(10, 30))).hexdigest()
+
+
+def test_leaving_drops_hashes_that_are_not_found_yet(tmp_path: Path) -> None:
+    """Of which one is read and one waits: nobody waits for a terabyte."""
+    path = tmp_path / "file"
+    with path.open("wb") as file:
+        file.truncate(1 << 40)
+    with Hashes() as hashes:
+        reading, waiting = hashes.file(path), hashes.file(path)
+        while not reading.running():
+            pass
+    assert isinstance(reading.exception(), InterruptedError) and waiting.cancelled()
