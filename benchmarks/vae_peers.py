@@ -89,8 +89,12 @@ class OpenVino:
         model = _vae(folder)
 
         class Decode(torch.nn.Module):
+            def __init__(self) -> None:
+                super().__init__()
+                self.model = model
+
             def forward(self, latents: torch.Tensor) -> torch.Tensor:
-                return model.decode(latents, return_dict=False)[0]
+                return self.model.decode(latents, return_dict=False)[0]
 
         latents = _unnormalised(model, self.case)
         with torch.no_grad():
