@@ -4,8 +4,8 @@
 
 The same random weights for all, of the width of Wan 2.1 1.3B (1536, 12 heads, FFN 8960), and the same random inputs:
 two guidance branches, 512 tokens of text each. The baseline is diffusers in float32. Each library uses as many threads
-as it wants. tubelet makes the keys and values of the text once a request, so they are timed apart (`once_s`); the
-others make them in every pass. int8 models are calibrated on other noise and noise levels than are measured. `share` is
+as it wants. tubelet makes the keys and values of the text once a request, which is timed apart (`once_s`); the others
+make them in every pass. int8 models are calibrated on other noise and noise levels than are measured. `share` is
 of the best rate of a matrix product of the same precision seen in this run, for the work without those keys and
 values. `speed` is the baseline's seconds over a runner's, in the same round. Needs, beside the extra `test`, the
 packages openvino and nncf; a runner whose package is absent is a row that says so. The last line is one JSON object.
@@ -312,7 +312,7 @@ def _transformer(folder: Path, dtype: str = "float32") -> Any:
 
 
 def gemm_peaks() -> dict[str, float]:
-    """Operations a second of a product of 1280 rows with a weight [WIDTH,WIDTH], the best of torch and ONNX Runtime."""
+    """Operations a second of [PEAK_ROWS,WIDTH] times [WIDTH,WIDTH]: the best of torch and ONNX Runtime."""
     import torch
 
     best: dict[str, float] = {}
@@ -333,7 +333,7 @@ def _products() -> dict[str, Callable[[], Any]]:
     import torch
 
     rows, weight = torch.randn(PEAK_ROWS, WIDTH), torch.randn(WIDTH, WIDTH)
-    short = {name: (value * 20).clamp(-127, 127).to(torch.int8) for name, value in (("x", rows), ("w", weight))}
+    short = [(20 * value).clamp(-127, 127).to(torch.int8).numpy() for value in (rows, weight)]
 
     def session(kind: str, x: Array, w: Array) -> Callable[[], Any]:
         model = onnx.parser.parse_model(
@@ -348,9 +348,8 @@ def _products() -> dict[str, Callable[[], Any]]:
     return {
         "torch fp32": lambda: rows @ weight,
         "torch bf16": lambda: torch.nn.functional.linear(*halves),
-        "torch int8": lambda: torch._int_mm(short["x"], short["w"]),
         "ONNX Runtime fp32": session("MatMul", rows.numpy(), weight.numpy()),
-        "ONNX Runtime int8": session("MatMulInteger", short["x"].numpy().view(np.uint8), short["w"].numpy()),
+        "ONNX Runtime int8": session("MatMulInteger", short[0].view(np.uint8), short[1]),
     }
 
 
