@@ -4,8 +4,8 @@
 
 The same random weights for all, of the width of Wan 2.1 1.3B (1536, 12 heads, FFN 8960), and the same random inputs:
 two guidance branches, 512 tokens of text each. The baseline is diffusers in float32. Each library uses as many threads
-as it wants. tubelet makes the keys and values of the text once a request, so they are timed apart (`once_s`); the
-others make them in every pass. int8 models are calibrated on other noise and noise levels than are measured. `share` is
+as it wants. tubelet makes the keys and values of the text once a request, which is timed apart (`once_s`); the others
+make them in every pass. int8 models are calibrated on other noise and noise levels than are measured. `share` is
 of the best rate of a matrix product of the same precision seen in this run, for the work without those keys and
 values. `speed` is the baseline's seconds over a runner's, in the same round. Needs, beside the extra `test`, the
 packages openvino and nncf; a runner whose package is absent is a row that says so. The last line is one JSON object.
@@ -22,7 +22,7 @@ from tempfile import TemporaryDirectory
 from typing import Any
 
 import numpy as np
-from peers import Array, Runner, compare, cpu_model, parser, show
+from peers import Array, Loaded, Runner, compare, cpu_model, parser, show
 
 from tubelet.export.content import place
 from tubelet.runtime.atomic import new_folder
@@ -113,7 +113,7 @@ class Diffusers:
         with new_folder(_checkpoint(folder)) as partial:
             made.save_pretrained(partial)
 
-    def load(self, folder: Path) -> Callable[[], Array]:
+    def load(self, folder: Path) -> Loaded:
         import torch
 
         model = _transformer(folder, self.dtype)
@@ -130,7 +130,7 @@ class Diffusers:
         def one_pass() -> Array:
             return model(**inputs, return_dict=False)[0].float().numpy()
 
-        return one_pass
+        return Loaded(one_pass)
 
 
 @dataclass(frozen=True)
@@ -150,12 +150,12 @@ class OnnxRuntime:
         with new_folder(made) as partial:
             program.save(partial / "model.onnx", external_data=True)
 
-    def load(self, folder: Path) -> Callable[[], Array]:
+    def load(self, folder: Path) -> Loaded:
         import onnxruntime
 
         session = onnxruntime.InferenceSession(self._folder(folder) / "model.onnx", providers=["CPUExecutionProvider"])
         inputs = self.case.inputs()
-        return lambda: session.run(None, inputs)[0]
+        return Loaded(lambda: session.run(None, inputs)[0])
 
     def _folder(self, folder: Path) -> Path:
         return folder / f"onnxruntime-{self.case.tokens}"
@@ -193,7 +193,7 @@ class OpenVino:
         with new_folder(made) as partial:
             openvino.save_model(model, partial / "model.xml", compress_to_fp16=False)
 
-    def load(self, folder: Path) -> Callable[[], Array]:
+    def load(self, folder: Path) -> Loaded:
         import openvino
 
         hints = {"INFERENCE_PRECISION_HINT": self.precision, "PERFORMANCE_HINT": "LATENCY"}
@@ -201,7 +201,7 @@ class OpenVino:
         model = core.read_model(self._folder(folder) / "model.xml")
         model.reshape({name: list(value.shape) for name, value in inputs.items()})
         compiled = core.compile_model(model, "CPU", hints)
-        return lambda: compiled(inputs)[0]
+        return Loaded(lambda: compiled(inputs)[0])
 
     def _folder(self, folder: Path) -> Path:
         return folder / f"openvino-{'int8' if self.int8 else 'fp32'}"
@@ -220,14 +220,19 @@ class Tubelet:
         if not self._folder(folder).exists():
             self._quantize(folder)
 
-    def load(self, folder: Path) -> Callable[[], Array]:
+    def load(self, folder: Path) -> Loaded:
         from tubelet.runtime import Bundle, kernels
         from tubelet.runtime.engines import OnnxRuntimeEngine
 
         bundle, given = Bundle.open(self._folder(folder)), self.case.inputs()
         spec = bundle.spec.denoiser
         grid = _grid(given, spec)
-        inputs = _tokens(bundle, given)
+        conditioner = OnnxRuntimeEngine(bundle.graph("conditioner"))
+        inputs = _tokens(bundle, given, conditioner)
+        start = time.perf_counter()
+        conditioner({"embeddings": given["encoder_hidden_states"]})
+        once_s = time.perf_counter() - start
+        del conditioner
         velocity = np.empty((2, self.case.tokens, spec.token_values), np.float32)
         binding = OnnxRuntimeEngine(bundle.graph("denoiser")).bind(inputs, {"velocity": velocity})
 
@@ -235,7 +240,7 @@ class Tubelet:
             binding.run()
             return np.stack([kernels.unpack(tokens, CHANNELS, grid, spec.patch) for tokens in velocity])
 
-        return one_pass
+        return Loaded(one_pass, once_s)
 
     def _quantize(self, folder: Path) -> None:
         """What `tubelet quantize --precision int8` does, but calibrated on noise instead of whole trajectories."""
@@ -247,6 +252,7 @@ class Tubelet:
         from tubelet.export.quantize.search import search
         from tubelet.export.quantize.trajectory import Watching
         from tubelet.runtime import Bundle
+        from tubelet.runtime.engines import OnnxRuntimeEngine
 
         source = Bundle.open(Tubelet(self.case)._folder(folder))
         graph = source.graph("denoiser")
@@ -254,8 +260,9 @@ class Tubelet:
             for name in source.manifest.weights:
                 place(source.path(name), Path(work, name), copy=False)
             watching = Watching(graph, Path(work), CALIBRATION_ROWS)
+            conditioner = OnnxRuntimeEngine(source.graph("conditioner"))
             for given in self.case.calibration():
-                watching(_tokens(source, given))
+                watching(_tokens(source, given, conditioner))
             seen = watching.seen()
             del watching
             roundings = {}
@@ -268,10 +275,9 @@ class Tubelet:
         return folder / f"tubelet-{'int8' if self.int8 else 'fp32'}"
 
 
-def _tokens(bundle: Any, given: dict[str, Array]) -> dict[str, Array]:
+def _tokens(bundle: Any, given: dict[str, Array], conditioner: Any) -> dict[str, Array]:
     """What tubelet's denoiser reads, as the pipeline makes it."""
     from tubelet.runtime import kernels
-    from tubelet.runtime.engines import OnnxRuntimeEngine
     from tubelet.runtime.schedule import time_features
 
     spec = bundle.spec.denoiser
@@ -282,7 +288,7 @@ def _tokens(bundle: Any, given: dict[str, Array]) -> dict[str, Array]:
         "time_features": time_features(levels, spec.time_features),
         "rope_cos": cos,
         "rope_sin": sin,
-        **OnnxRuntimeEngine(bundle.graph("conditioner"))({"embeddings": given["encoder_hidden_states"]}),
+        **conditioner({"embeddings": given["encoder_hidden_states"]}),
     }
 
 
@@ -306,7 +312,7 @@ def _transformer(folder: Path, dtype: str = "float32") -> Any:
 
 
 def gemm_peaks() -> dict[str, float]:
-    """Operations a second of a product of 1280 rows with a weight [WIDTH,WIDTH], the best of torch and ONNX Runtime."""
+    """Operations a second of [PEAK_ROWS,WIDTH] times [WIDTH,WIDTH]: the best of torch and ONNX Runtime."""
     import torch
 
     best: dict[str, float] = {}
@@ -327,7 +333,7 @@ def _products() -> dict[str, Callable[[], Any]]:
     import torch
 
     rows, weight = torch.randn(PEAK_ROWS, WIDTH), torch.randn(WIDTH, WIDTH)
-    short = {name: (value * 20).clamp(-127, 127).to(torch.int8) for name, value in (("x", rows), ("w", weight))}
+    short = [(20 * value).clamp(-127, 127).to(torch.int8).numpy() for value in (rows, weight)]
 
     def session(kind: str, x: Array, w: Array) -> Callable[[], Any]:
         model = onnx.parser.parse_model(
@@ -342,9 +348,8 @@ def _products() -> dict[str, Callable[[], Any]]:
     return {
         "torch fp32": lambda: rows @ weight,
         "torch bf16": lambda: torch.nn.functional.linear(*halves),
-        "torch int8": lambda: torch._int_mm(short["x"], short["w"]),
         "ONNX Runtime fp32": session("MatMul", rows.numpy(), weight.numpy()),
-        "ONNX Runtime int8": session("MatMulInteger", short["x"].numpy().view(np.uint8), short["w"].numpy()),
+        "ONNX Runtime int8": session("MatMulInteger", short[0].view(np.uint8), short[1]),
     }
 
 

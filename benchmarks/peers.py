@@ -22,6 +22,7 @@ import time
 import traceback
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager, suppress
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any, NoReturn, Protocol, TextIO
@@ -38,14 +39,20 @@ Rows = dict[str, Row]
 GIB = 2**30
 
 
+@dataclass(frozen=True)
+class Loaded:
+    """A runner that is ready."""
+
+    one_pass: Callable[[], Array]  # the same each time
+    once_s: float = 0.0  # seconds of what a request needs once, beside its passes
+
+
 class Runner(Protocol):
     def prepare(self, folder: Path) -> None:
         """Makes what it loads, where that is not there yet."""
         ...
 
-    def load(self, folder: Path) -> Callable[[], Array]:
-        """Returns what makes one pass, the same each time."""
-        ...
+    def load(self, folder: Path) -> Loaded: ...
 
 
 class Failure(Exception):
@@ -95,8 +102,7 @@ def _wave(names: Sequence[str], rounds: int, limit: float) -> Rows:
         for name, result in results.items():
             children[name] = stack.enter_context(_Child("--serve", name, str(result)))
             with _telling(rows, name):
-                children[name].answer(limit)
-                rows[name] = {"cold_s": children[name].age(), "passes": []}
+                rows[name] = {**children[name].answer(limit), "cold_s": children[name].age(), "passes": []}
         for _ in range(rounds):
             for name in [name for name in names if "failed" not in rows[name]]:
                 with _telling(rows, name):
@@ -205,12 +211,12 @@ def _prepare(runner: Runner, folder: Path, answers: TextIO) -> None:
 
 
 def _serve(runner: Runner, folder: Path, result: Path, answers: TextIO) -> None:
-    one_pass = runner.load(folder)
-    np.save(result, one_pass())
-    _answer(answers, {})
+    loaded = runner.load(folder)
+    np.save(result, loaded.one_pass())
+    _answer(answers, {"once_s": loaded.once_s})
     for _ in sys.stdin:
         wall, cpu = time.perf_counter(), time.process_time()
-        one_pass()
+        loaded.one_pass()
         seconds = {"s": time.perf_counter() - wall, "cpu_s": time.process_time() - cpu}
         _answer(answers, {**seconds, "peak": peak_resident_bytes()})
 

@@ -12,13 +12,12 @@ that fails, or makes no clip within `--limit`, is a row that says so. The last l
 from __future__ import annotations
 
 import json
-from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-from peers import Array, Runner, compare, cpu_model, parser, show
+from peers import Array, Loaded, Runner, compare, cpu_model, parser, show
 
 from tubelet.runtime.atomic import new_folder
 
@@ -58,7 +57,7 @@ class Diffusers:
         with new_folder(_checkpoint(folder)) as partial:
             model.save_pretrained(partial)
 
-    def load(self, folder: Path) -> Callable[[], Array]:
+    def load(self, folder: Path) -> Loaded:
         import torch
 
         model = _vae(folder, self.dtype)
@@ -70,7 +69,7 @@ class Diffusers:
         def one_pass() -> Array:
             return _frames(model.decode(latents, return_dict=False)[0][0].float().numpy())
 
-        return one_pass
+        return Loaded(one_pass)
 
 
 @dataclass(frozen=True)
@@ -89,8 +88,12 @@ class OpenVino:
         model = _vae(folder)
 
         class Decode(torch.nn.Module):
+            def __init__(self) -> None:
+                super().__init__()
+                self.model = model
+
             def forward(self, latents: torch.Tensor) -> torch.Tensor:
-                return model.decode(latents, return_dict=False)[0]
+                return self.model.decode(latents, return_dict=False)[0]
 
         latents = _unnormalised(model, self.case)
         with torch.no_grad():
@@ -99,13 +102,13 @@ class OpenVino:
             openvino.save_model(converted, partial / "model.xml", compress_to_fp16=False)
             np.save(partial / "latents.npy", latents.numpy())
 
-    def load(self, folder: Path) -> Callable[[], Array]:
+    def load(self, folder: Path) -> Loaded:
         import openvino
 
         hints = {"INFERENCE_PRECISION_HINT": self.precision, "PERFORMANCE_HINT": "LATENCY"}
         compiled = openvino.Core().compile_model(self._folder(folder) / "model.xml", "CPU", hints)
         latents = np.load(self._folder(folder) / "latents.npy")
-        return lambda: _frames(compiled([latents])[0][0])
+        return Loaded(lambda: _frames(compiled([latents])[0][0]))
 
     def _folder(self, folder: Path) -> Path:
         return folder / f"openvino-{self.case.frames}-{self.case.size}"
@@ -142,7 +145,7 @@ class Tubelet:
                     ir.save(trace(component, tensors), partial / f"{component.name}.onnx")
             (partial / "spec.json").write_text(json.dumps(vars(spec)))
 
-    def load(self, folder: Path) -> Callable[[], Array]:
+    def load(self, folder: Path) -> Loaded:
         from tubelet.runtime import vae
         from tubelet.runtime.engines import OnnxRuntimeEngine
         from tubelet.runtime.spec import WanVaeSpec
@@ -153,7 +156,7 @@ class Tubelet:
         spec = read(WanVaeSpec, json.loads((made / "spec.json").read_text()), "spec.json")
         engines = HostEngines(lambda name: OnnxRuntimeEngine(made / f"{name}.onnx"))
         latents = self.case.latents()
-        return lambda: np.concatenate(list(vae.decode(spec, engines, latents)))
+        return Loaded(lambda: np.concatenate(list(vae.decode(spec, engines, latents))))
 
 
 def _checkpoint(folder: Path) -> Path:

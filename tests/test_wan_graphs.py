@@ -18,6 +18,7 @@ from tubelet.export import build as build_module
 from tubelet.export.build import build, write_graphs
 from tubelet.export.checkpoint import Checkpoint
 from tubelet.export.components import Component, build_modules, components
+from tubelet.export.hashes import Hashes
 from tubelet.export.parity import weights_of
 from tubelet.export.precision import FLOAT, lower
 from tubelet.export.trace import trace
@@ -119,7 +120,8 @@ def test_both_layouts_make_one_hash(tmp_path: Path, monkeypatch: pytest.MonkeyPa
         checkpoint = open_wan(folder)
         graphs = tmp_path / f"{folder.name}-graphs"
         graphs.mkdir()
-        written = write_graphs(checkpoint, graphs)
+        with Hashes() as hashes:
+            written = write_graphs(checkpoint, graphs, hashes)
         keys.append(content_key(checkpoint.spec, written, record(checkpoint.tokenizer)))
     first, second = (tmp_path / f"{name}-graphs" / "conditioner.onnx" for name in ("diffusers", "original"))
 
