@@ -38,6 +38,7 @@ from tubelet.runtime.tensorrt import compiler_of, load_module
 from .compile import GRAPH, PLAN, Event, Job
 from .errors import CompilerError
 from .estimate import activation_budget
+from .repeatable import repeatable_processes
 from .working_folder import locked, working_folder
 
 
@@ -159,12 +160,14 @@ class _Building:
         files = {name: self._bundle.path(name) for name in self._bundle.manifest.weights}
         for name, file in (files | {str(GRAPH): self._bundle.graph(self._job.component)}).items():
             (self._folder / name).symlink_to(file.resolve())
-        self._process = subprocess.Popen(
-            [sys.executable, "-m", "tubelet.export.compile_process", str(self._theirs.fileno())],
-            cwd=self._folder,
-            pass_fds=[self._theirs.fileno()],
-            start_new_session=True,  # Ctrl-C is for the parent alone
-        )
+        with repeatable_processes() as environment:
+            self._process = subprocess.Popen(
+                [sys.executable, "-P", "-m", "tubelet.export.compile_process", str(self._theirs.fileno())],
+                cwd=self._folder,
+                env=environment,
+                pass_fds=[self._theirs.fileno()],
+                start_new_session=True,  # Ctrl-C is for the parent alone
+            )
         self._theirs.close()
         self.pipe.send(self._job)  # a process that we do not know yet gets none, and ends
 

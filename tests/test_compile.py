@@ -11,6 +11,7 @@ import errno
 import io
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -33,6 +34,7 @@ from tubelet.export.engine_report import load_report
 from tubelet.export.engines import build_engines
 from tubelet.export.errors import CompilerError
 from tubelet.export.precision import PRECISE, Lowered
+from tubelet.export.repeatable import repeatable_processes
 from tubelet.export.working_folder import LOCK, locked
 from tubelet.runtime import EMBEDDED, Bundle, UserError
 from tubelet.runtime.bundle import FileRecord
@@ -104,14 +106,28 @@ def test_what_is_there_is_kept(compiled: Bundle) -> None:
 
 
 def test_a_second_build_is_the_same(compiled: Bundle, embedded_copy: Path) -> None:
-    """Byte for byte where a graph has one output; of several, TensorRT-RTX writes some things in any order."""
-    second = Bundle.open(embedded_copy)
-    assert build(second, *COMPONENTS) == dict.fromkeys(COMPONENTS, False)
-    for component in COMPONENTS:
-        found, expected = (read_record(plan_path(bundle, TARGET, component)) for bundle in (second, compiled))
-        assert what_counts(found) == what_counts(expected)
-        if len(compiled.manifest.components[component].outputs) == 1:
-            assert found.file == expected.file, component
+    """Byte for byte. Threads of the compiler's own race where others take the CPUs from it: it has three attempts."""
+    seen = {component: {plan_path(compiled, TARGET, component).read_bytes()} for component in COMPONENTS}
+    left, attempts = set(COMPONENTS), 3 if at_fixed_addresses() else 1
+    for _ in range(attempts):
+        shutil.rmtree(embedded_copy / FOLDER, ignore_errors=True)
+        second = Bundle.open(embedded_copy)
+        assert build(second, *sorted(left)) == dict.fromkeys(left, False)
+        for component in sorted(left):
+            plan, expected = (plan_path(bundle, TARGET, component) for bundle in (second, compiled))
+            assert what_counts(read_record(plan)) == what_counts(read_record(expected))
+            if (content := plan.read_bytes()) in seen[component]:
+                left.remove(component)
+            seen[component].add(content)
+    if attempts == 1:
+        pytest.skip("the kernel refuses fixed addresses, so only what counts was compared")
+    assert not left
+
+
+def at_fixed_addresses() -> bool:
+    with repeatable_processes() as environment:
+        shown = [subprocess.check_output(["cat", "/proc/self/maps"], env=environment) for _ in range(2)]
+    return shown[0] == shown[1]
 
 
 def what_counts(record: PlanRecord) -> PlanRecord:
