@@ -28,13 +28,13 @@ from tubelet.runtime.bundle import (
 
 from .checkpoint import SPEC, Checkpoint
 from .components import build_modules, components
-from .content import graph_digest, place, weight_line, weights_digest
+from .content import place, weight_line, weights_digest
 from .hashes import Hashes
 from .lora import Lora, merged
 from .ltx import open_ltx
 from .parity import measure
 from .published import is_published, pipeline_class
-from .trace import trace
+from .tracing import Source, Traced, trace_all
 from .wan import open_wan
 
 Report = Callable[[str], None]
@@ -96,29 +96,26 @@ def write_graphs(
 ) -> dict[str, Component]:
     """Traces every component into `folder`; needs memory for graphs, not for weights."""
     with torch.device("meta"):
-        modules = build_modules(checkpoint.spec)
-    traced, found = [], dict[str, Future[str]]()
-    for component in components(checkpoint.spec, modules):
-        on_stage(f"trace {component.name}")
-        model = trace(component, checkpoint.tensors)
-        ir.save(model, folder / f"{component.name}.onnx")
-        constants = [value.const_value for value in model.graph.initializers.values()]
-        weights = {str(c.name): int(c.size) for c in constants if isinstance(c, ir.ExternalTensor)}
-        for name in weights.keys() - found.keys():
+        contract = components(checkpoint.spec, build_modules(checkpoint.spec))
+    source = Source(checkpoint.spec, checkpoint.tensors, folder)
+    names = [component.name for component in contract]
+    graphs, found = dict[str, Traced](), dict[str, Future[str]]()
+    for traced in trace_all(source, names, lambda name: on_stage(f"trace {name}")):
+        graphs[traced.component] = traced
+        for name in traced.weights.keys() - found.keys():
             stored = checkpoint.tensors[name]
             found[name] = hashes.tensor(checkpoint.files[stored.file], stored)
-        traced.append((component, graph_digest(model), weights))
     on_stage("hash weights")
     tensors = ((name, checkpoint.tensors[name], sha256.result()) for name, sha256 in found.items())
     lines = {name: weight_line(name, stored.dtype, stored.shape, sha256) for name, stored, sha256 in tensors}
     return {
         component.name: Component(
             graph=f"{component.name}.onnx",
-            graph_digest=graph,
-            weights_digest=weights_digest(lines[name] for name in weights),
-            parameters=sum(weights.values()),
+            graph_digest=graphs[component.name].digest,
+            weights_digest=weights_digest(lines[name] for name in graphs[component.name].weights),
+            parameters=sum(graphs[component.name].weights.values()),
             inputs={name: port.shape for name, port in component.inputs.items()},
             outputs={name: port.shape for name, port in component.outputs.items()},
         )
-        for component, graph, weights in traced
+        for component in contract
     }

@@ -6,11 +6,7 @@ there, and Events to the same pipe; at the end a PlanRecord or an error.
 
 from __future__ import annotations
 
-import contextlib
-import ctypes
 import errno
-import signal
-import sys
 from multiprocessing.connection import Connection
 
 from tubelet.runtime.errors import UserError
@@ -18,23 +14,15 @@ from tubelet.runtime.plans import PlanRecord
 
 from .compile import Job, compile_component
 from .errors import CompilerError
+from .processes import serve
 
-PR_SET_PDEATHSIG = 1  # of Linux
 FULL = (errno.ENOSPC, errno.EDQUOT)
 
 
-def main() -> None:
-    """Ends quietly where there is nobody to tell; is killed with the process that started it."""
-    be_killed_with_parent()
-    pipe = Connection(int(sys.argv[1]))
-    with contextlib.suppress(EOFError, ConnectionError):
-        job = pipe.recv()
-        if not pipe.poll():  # what comes after the job is the end: the parent went before it could take this one along
-            pipe.send(_build(job, pipe))
-
-
-def be_killed_with_parent() -> None:
-    ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
+def answer(pipe: Connection) -> None:
+    job = pipe.recv()
+    if not pipe.poll():  # what comes after the job is the end: the parent went before it could take this one along
+        pipe.send(_build(job, pipe))
 
 
 def _build(job: Job, pipe: Connection) -> PlanRecord | Exception:
@@ -50,4 +38,4 @@ def _build(job: Job, pipe: Connection) -> PlanRecord | Exception:
 
 
 if __name__ == "__main__":
-    main()
+    serve(answer)

@@ -10,10 +10,7 @@ import dataclasses
 import os
 import shutil
 import signal
-import subprocess
-import sys
 from collections.abc import Callable, Sequence
-from multiprocessing import Pipe
 from multiprocessing.connection import wait
 from pathlib import Path
 from typing import cast
@@ -38,6 +35,7 @@ from tubelet.runtime.tensorrt import compiler_of, load_module
 from .compile import GRAPH, PLAN, Event, Job
 from .errors import CompilerError
 from .estimate import activation_budget
+from .processes import Child, Ended
 from .repeatable import repeatable_processes
 from .working_folder import locked, working_folder
 
@@ -152,8 +150,8 @@ class _Building:
 
     def __init__(self, bundle: Bundle, job: Job, folder: Path):
         self._bundle, self._job, self._folder = bundle, job, folder
-        self.pipe, self._theirs = Pipe()
-        self._process: subprocess.Popen[bytes] | None = None
+        self._child = Child("tubelet.export.compile_process")
+        self.pipe = self._child.pipe
 
     def start(self) -> None:
         self._folder.mkdir()
@@ -161,25 +159,16 @@ class _Building:
         for name, file in (files | {str(GRAPH): self._bundle.graph(self._job.component)}).items():
             (self._folder / name).symlink_to(file.resolve())
         with repeatable_processes() as environment:
-            self._process = subprocess.Popen(
-                [sys.executable, "-P", "-m", "tubelet.export.compile_process", str(self._theirs.fileno())],
-                cwd=self._folder,
-                env=environment,
-                pass_fds=[self._theirs.fileno()],
-                start_new_session=True,  # Ctrl-C is for the parent alone
-            )
-        self._theirs.close()
+            self._child.start(self._folder, environment)
         self.pipe.send(self._job)  # a process that we do not know yet gets none, and ends
 
     def receive(self) -> Event | PlanRecord:
         """What the process says next: a step, or at its end the record. Raises what went wrong there."""
         try:
-            said = self.pipe.recv()
-        except (EOFError, ConnectionResetError) as error:
-            assert self._process is not None  # it has said something
-            code = self._process.wait()
-            hint = "; if that was for want of memory, build with --jobs 1" if code == -signal.SIGKILL else ""
-            raise CompilerError(f"the process that built {self._job.component} ended with code {code}{hint}") from error
+            said = self._child.receive()
+        except Ended as error:
+            hint = "; if that was for want of memory, build with --jobs 1" if error.code == -signal.SIGKILL else ""
+            raise CompilerError(f"the process that built {self._job.component} {error}{hint}") from error
         if isinstance(said, Exception):
             raise said
         return cast(Event | PlanRecord, said)
@@ -198,9 +187,5 @@ class _Building:
 
     def close(self) -> None:
         """Ends the process wherever it is, and removes what it left."""
-        self.pipe.close()
-        self._theirs.close()
-        if self._process is not None:
-            self._process.kill()  # in the middle of a phase the compilers hear nothing
-            self._process.wait()
+        self._child.close()
         shutil.rmtree(self._folder, ignore_errors=True)

@@ -27,7 +27,7 @@ import pytest
 from compiled import MAX_PROFILES, MEMORY_GB, TARGET, TRAFFIC, profiles
 from rich.console import Console
 
-from tubelet.export import compile_process, engines
+from tubelet.export import compile_process, engines, processes
 from tubelet.export.compile import Event, Job, verify
 from tubelet.export.compiler_report import HEADER, MAGIC, Layer, Report, architectures, parse_report
 from tubelet.export.engine_report import load_report
@@ -336,7 +336,7 @@ def test_a_signal_while_a_process_starts_leaves_nothing_behind(
             super().__init__(*arguments, **options)
             raise KeyboardInterrupt
 
-    monkeypatch.setattr(engines.subprocess, "Popen", Interrupted)
+    monkeypatch.setattr(processes.subprocess, "Popen", Interrupted)
     with pytest.raises(KeyboardInterrupt):
         build(Bundle.open(embedded_copy), "conditioner")
     assert left_in(embedded_copy) == []
@@ -416,9 +416,7 @@ def test_what_goes_wrong_in_the_process_is_told_as_it_is(
     ours, theirs = Pipe()
     ours.send(JOB)
     monkeypatch.setattr(compile_process, "compile_component", fail)
-    monkeypatch.setattr(compile_process, "be_killed_with_parent", lambda: None)
-    monkeypatch.setattr(sys, "argv", ["", str(os.dup(theirs.fileno()))])
-    compile_process.main()
+    compile_process.answer(theirs)
     told = ours.recv()
     assert isinstance(told, CompilerError) and str(told).endswith(message)
     assert "space" in str(told) or error.args[0] != errno.ENOSPC

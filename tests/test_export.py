@@ -8,6 +8,8 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import json
+import os
+import signal
 import struct
 import subprocess
 import sys
@@ -205,6 +207,33 @@ def test_an_interrupt_leaves_no_bundle(checkpoint: Path, tmp_path: Path) -> None
     with pytest.raises(KeyboardInterrupt):
         build(checkpoint, tmp_path / "bundle", on_stage=interrupt)
     assert [p.name for p in tmp_path.iterdir()] == ["checkpoint"]
+    assert not tracing()
+
+
+@pytest.mark.parametrize(
+    ("number", "error", "message"),
+    [
+        (signal.SIGKILL, UserError, "the process that traced .* ended with code -9; free memory"),
+        (signal.SIGABRT, RuntimeError, "the process that traced .* ended with code -6"),
+    ],
+)
+def test_a_killed_process_is_an_error(
+    checkpoint: Path, tmp_path: Path, number: int, error: type[Exception], message: str
+) -> None:
+    def kill(stage: str) -> None:
+        if stage == "trace conditioner":
+            os.kill(tracing()[0], number)
+
+    with pytest.raises(error, match=message):
+        build(checkpoint, tmp_path / "bundle", on_stage=kill)
+    assert [p.name for p in tmp_path.iterdir()] == ["checkpoint"]
+    assert not tracing()
+
+
+def tracing() -> list[int]:
+    """Processes of this one's that trace."""
+    children = Path(f"/proc/self/task/{os.getpid()}/children").read_text().split()
+    return [int(each) for each in children if b"trace_process" in Path(f"/proc/{each}/cmdline").read_bytes()]
 
 
 def test_hashes_are_found_beside_other_work(tmp_path: Path) -> None:
