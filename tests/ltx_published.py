@@ -106,7 +106,3 @@ def finished(ours: Pipeline, request: Request, canvas: Canvas) -> Latent:
     generation = ours.prepare(request, canvas)
     ours.finish(generation)
     return ours.latent(generation)
-
-
-def relative(found: Any, wanted: Any) -> float:
-    return float(np.linalg.norm(np.asarray(found) - np.asarray(wanted)) / np.linalg.norm(np.asarray(wanted)))

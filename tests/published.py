@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from safetensors.torch import save_file
 from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, processors, trainers
@@ -65,6 +66,13 @@ def randomise(module: nn.Module, seed: int) -> Any:
         std = 0.3 if parameter.ndim < 2 else parameter[0].numel() ** -0.5
         nn.init.normal_(parameter, std=std, generator=generator)
     return module.eval()
+
+
+def relative(found: Any, wanted: Any) -> float:
+    """The distance of two arrays of one shape, in the length of the second."""
+    found, wanted = np.asarray(found), np.asarray(wanted)
+    assert found.shape == wanted.shape
+    return float(np.linalg.norm(found - wanted) / np.linalg.norm(wanted))
 
 
 def tokenizer() -> Tokenizer:

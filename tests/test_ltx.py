@@ -20,8 +20,8 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from ltx_published import DEPTH, HEAD, HEADS, TEXT, arguments, finished, noise_of, pipeline, relative, request
-from published import TEXTS, randomise
+from ltx_published import DEPTH, HEAD, HEADS, TEXT, arguments, finished, noise_of, pipeline, request
+from published import TEXTS, randomise, relative
 from safetensors.torch import load_file, save_file
 from torch_engines import TorchEngines, painted
 

@@ -13,7 +13,8 @@ import onnx
 import onnx_ir as ir
 import pytest
 import torch
-from ltx_published import arguments, finished, noise_of, pipeline, relative, request
+from ltx_published import arguments, finished, noise_of, pipeline, request
+from published import relative
 
 from tubelet.export.build import build, open_checkpoint
 from tubelet.export.components import build_modules, components

@@ -17,6 +17,7 @@ from diffusers import AutoencoderKLWan
 from diffusers.loaders.single_file_utils import convert_wan_vae_to_diffusers
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from published import relative
 from torch import Tensor, nn
 
 from tubelet.export.causal import CausalConv3d, History, NarrowCausalConv3d
@@ -60,11 +61,6 @@ def load(spec: WanVaeSpec, layout: str, tensors: dict[str, Tensor]) -> Vae:
     for name, parameter in vae.named_parameters():
         parameter.data = tensors[table[name].name].reshape(parameter.shape)
     return vae
-
-
-def relative(found: Tensor, expected: Tensor) -> float:
-    assert found.shape == expected.shape
-    return float((found - expected).norm() / expected.norm())
 
 
 def normalisation(vae: Vae) -> tuple[Tensor, Tensor]:
