@@ -12,7 +12,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, processors, trainers
 from torch import Tensor, nn
 
@@ -108,7 +108,7 @@ def pipeline(name: str) -> Any:
     """A pipeline of diffusers' with random weights."""
     from diffusers import AutoencoderKLWan, UniPCMultistepScheduler, WanImageToVideoPipeline, WanPipeline
     from transformers import (
-        CLIPImageProcessor,
+        CLIPImageProcessorPil,
         CLIPVisionConfig,
         CLIPVisionModel,
         PreTrainedTokenizerFast,
@@ -151,7 +151,7 @@ def pipeline(name: str) -> Any:
             image_size=CLIP_SIZE, patch_size=CLIP_PATCH, hidden_act="gelu",
         )  # fmt: skip
         parts["image_encoder"] = randomise(CLIPVisionModel(config), 5)
-        parts["image_processor"] = CLIPImageProcessor(
+        parts["image_processor"] = CLIPImageProcessorPil(
             size={"shortest_edge": CLIP_SIZE}, crop_size={"height": CLIP_SIZE, "width": CLIP_SIZE}
         )
     return WanImageToVideoPipeline(**parts)
@@ -224,9 +224,23 @@ def _clip(model: Any) -> dict[str, Tensor]:
         for parameter in ("weight", "bias"):
             parts = [weights[f"encoder.layers.{i}.self_attn.{p}_proj.{parameter}"] for p in "qkv"]
             found[f"visual.transformer.{i}.attn.to_qkv.{parameter}"] = torch.cat(parts)
+    for name in ("visual.cls_embedding", "visual.pos_embedding"):
+        found[name] = found[name].reshape(1, -1, CLIP_WIDTH)
     found["visual.post_norm.weight"] = weights["post_layernorm.weight"]
     found["visual.post_norm.bias"] = weights["post_layernorm.bias"]
     return found
+
+
+def rewrite(folder: Path, changed: Mapping[str, Tensor | None]) -> None:
+    """A part's safetensors in one file, with some tensors changed, or lost where they are None."""
+    weights: dict[str, Tensor | None] = {}
+    for path in folder.glob("*.safetensors"):
+        weights |= load_file(path)
+        path.unlink()
+    for path in folder.glob("*.index.json"):
+        path.unlink()
+    weights |= changed
+    save_file({name: tensor for name, tensor in weights.items() if tensor is not None}, folder / "model.safetensors")
 
 
 def copy_without(folder: Path, target: Path, *names: str) -> Path:
