@@ -4,7 +4,7 @@ Flows in: a Release in either layout. Flows out: a Checkpoint whose tensors stay
 weights give the same spec from both layouts: sizes come from the tensors and, where these are silent, from the
 transformer's config, which both have; what a request means where it is silent comes from `FAMILIES`.
 """
-# ruff: noqa: RUF001  NEGATIVE is Chinese
+# ruff: noqa: RUF001  negative prompts are Chinese
 
 from __future__ import annotations
 
@@ -41,6 +41,8 @@ NEGATIVE = (
     "丑陋的，残缺的，多余的手指，画得不好的手部，画得不好的脸部，畸形的，毁容的，形态畸形的肢体，手指融合，静止不动的画面，"
     "杂乱的背景，三条腿，背景人很多，倒着走"
 )  # of the reference's configuration
+SHAKING = "镜头晃动，" + NEGATIVE
+CUTTING = "镜头切换，" + SHAKING
 
 
 @dataclass(frozen=True)
@@ -55,17 +57,23 @@ class Family:
 
 
 def _defaults(
-    size: tuple[int, int], frames: int, steps: int, guidance: float, low: float | None, shift: float
+    size: tuple[int, int],
+    frames: int,
+    steps: int,
+    guidance: float,
+    low: float | None,
+    shift: float,
+    negative: str = NEGATIVE,
 ) -> Defaults:
-    return Defaults(*size, frames, steps, guidance, low, "unipc", shift, NEGATIVE)
+    return Defaults(*size, frames, steps, guidance, low, "unipc", shift, negative)
 
 
 SD, HD = (832, 480), (1280, 720)
 LARGEST = 21 * 45 * 80  # tokens of 1280x720 with 81 frames
 FAMILIES: Mapping[tuple[str, int, int], Family] = {  # by route, denoisers, and pictures that the image encoder shows
     ("renoise", 1, 0): Family("wan2.1-t2v", 16, LARGEST, None, _defaults(SD, 81, 50, 5.0, None, 5.0)),
-    ("channels", 1, 1): Family("wan2.1-i2v", 16, LARGEST, None, _defaults(SD, 81, 40, 5.0, None, 3.0)),
-    ("channels", 1, 2): Family("wan2.1-flf2v", 16, LARGEST, None, _defaults(HD, 81, 50, 5.0, None, 16.0)),
+    ("channels", 1, 1): Family("wan2.1-i2v", 16, LARGEST, None, _defaults(SD, 81, 40, 5.0, None, 3.0, SHAKING)),
+    ("channels", 1, 2): Family("wan2.1-flf2v", 16, LARGEST, None, _defaults(HD, 81, 50, 5.0, None, 16.0, CUTTING)),
     ("renoise", 2, 0): Family("wan2.2-t2v-a14b", 16, LARGEST, 0.875, _defaults(HD, 81, 40, 4.0, 3.0, 12.0)),
     ("channels", 2, 0): Family("wan2.2-i2v-a14b", 16, LARGEST, 0.9, _defaults(HD, 81, 40, 3.5, 3.5, 5.0)),
     ("levels", 1, 0): Family("wan2.2-ti2v", 24, 31 * 22 * 40, None, _defaults((1280, 704), 121, 50, 5.0, None, 5.0)),
