@@ -8,7 +8,7 @@ memory does not grow with duration (backward it does: what is made last comes fi
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Generator, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 
@@ -53,7 +53,7 @@ class Studio:
         self.on_step, self.cancel, self.stage = on_step, cancel, stage
         self.window = self.spec.defaults.frames
 
-    def check(self, request: Request, scenes: Sequence[Scene] = ()) -> Settings:
+    def check(self, request: Request, scenes: Sequence[Scene] = (), keyframes: Collection[int] = ()) -> Settings:
         """A request with nothing left open. Raises UserError, in no time, when it cannot be served."""
         settings = request.complete(self.spec)
         starts = [scene.start for scene in scenes]
@@ -66,6 +66,12 @@ class Studio:
         at_once = self._at_once(settings.frames, len(prompts))
         for prompt in prompts:
             self.pipeline.check(dataclasses.replace(request, prompt=prompt, frames=at_once))
+        first = min(at_once, settings.frames, *starts[1:])
+        if out := [number for number in keyframes if not 0 <= number < first]:
+            scene = " of the first scene" if len(scenes) > 1 else ""
+            raise UserError(
+                f"keyframe {out[0]} is outside the frames 0 to {first - 1}{scene} that are made at once; move it"
+            )
         return settings
 
     def _at_once(self, frames: int, scenes: int) -> int:
@@ -77,10 +83,10 @@ class Studio:
     ) -> Iterator[Frames]:
         """Text to video or image; with pictures [H,W,3] at frame numbers, around these; with scenes, one after another.
 
-        Pictures go to the output as they are; they must be in the first window. Up to twice a window is made at once,
-        as far as there is one prompt.
+        Pictures go to the output as they are; they must be in the first window and scene. Up to twice a window is made
+        at once, as far as there is one prompt.
         """
-        settings = self.check(request, scenes)
+        settings = self.check(request, scenes, keyframes or ())
         scenes = scenes or [Scene(0, request.prompt)]
         stops = [*(scene.start for scene in scenes[1:]), settings.frames]
         at_once = self._at_once(settings.frames, len(scenes))
@@ -90,10 +96,6 @@ class Studio:
         past = np.zeros((0, settings.height, settings.width, 3), np.uint8)
         done = 0
         if keyframes:
-            if out := [number for number in keyframes if not 0 <= number < at_once]:
-                raise UserError(
-                    f"keyframe {out[0]} is outside the frames 0 to {at_once - 1} that are made at once; move it"
-                )
             first = dataclasses.replace(request, prompt=scenes[0].prompt)
             past = self._paint_around(first, keyframes, at_once)
             for number, picture in keyframes.items():

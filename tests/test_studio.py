@@ -197,3 +197,9 @@ def test_scenes_that_cannot_be_shown_are_refused(studio: Studio, scenes: list[Sc
 def test_a_keyframe_outside_is_refused(studio: Studio, noise: np.ndarray) -> None:
     with pytest.raises(UserError, match="keyframe 33 is outside the frames 0 to 32"):
         joined(studio.generate(replace(FAST, frames=33), {33: noise[0]}))
+
+
+@pytest.mark.parametrize("frames", [9, 33])
+def test_a_keyframe_after_the_first_scene_is_refused(studio: Studio, noise: np.ndarray, frames: int) -> None:
+    with pytest.raises(UserError, match="keyframe 5 is outside the frames 0 to 4 of the first scene"):
+        studio.check(replace(FAST, frames=frames), [Scene(0, "x"), Scene(5, "y")], {4: noise[0], 5: noise[0]})

@@ -127,7 +127,7 @@ def _clips(
     for path, (text, seed) in zip(paths, itertools.product(texts, range(first, first + count)), strict=True):
         prompt = scenes[0].prompt if scenes else text
         request = Request(**wanted | {"prompt": prompt, "seed": seed, "strength": 1.0})
-        settings = studio.check(request, scenes)
+        settings = studio.check(request, scenes, shown)
         recipe = Recipe.of(pipeline.bundle.key, "generate", options | dataclasses.asdict(settings))
         shape = (settings.frames, settings.height, settings.width)
         make = functools.partial(Studio.generate, request=request, keyframes=shown, scenes=scenes)
