@@ -107,6 +107,8 @@ def test_pictures_and_storyboards_are_repeated_too(tubelet, tmp_path: Path) -> N
         assert tubelet("generate", "--like", f"{name}.mp4", "-o", "again.mp4").code == 0
         assert (tmp_path / "again.mp4").read_bytes() == (tmp_path / f"{name}.mp4").read_bytes()
     (tmp_path / "i.png").write_bytes((tmp_path / "i.png").read_bytes() + b"x")
+    enhanced = tubelet("generate", "--like", "board.mp4", "--enhance")
+    assert enhanced.code == 2 and "--enhance works on PROMPT and --prompts, not on scenes" in enhanced.err
     changed = tubelet("generate", "--like", "image.mp4", "-o", "again.mp4")
     assert changed.code == 2 and "i.png is not the picture that was used" in changed.err
 
@@ -195,6 +197,8 @@ def test_a_prompt_is_enhanced_by_rules(tubelet) -> None:
     result = tubelet("generate", "a blue ball", "--enhance", "-o", "a.mp4", "--json", *SMALL)
     (clip,) = json.loads(result.out)["clips"]
     assert clip["prompt"].startswith("a blue circle ") and f"prompt: {clip['prompt']}" in result.err
+    late = tubelet("generate", "a blue ball", "--enhance", "--steps", "0")
+    assert late.code == 2 and "steps must be" in late.err and "prompt:" not in late.err
     unknown = tubelet("generate", "a dragon", "--enhance")
     assert unknown.code == 2 and "can show nothing of 'a dragon'" in unknown.err
 
@@ -209,6 +213,8 @@ def test_a_prompt_is_enhanced_by_rules(tubelet) -> None:
         (["caption", ".", "--chat-url", "http://x"], "give both --chat-url and --chat-model"),
         (["generate", "x", "--enhance", "--chat-url", "ftp://x", "--chat-model", "m"], "ftp://x"),
         (["generate", "--storyboard", "late.txt", "--enhance"], "--enhance works on PROMPT and --prompts"),
+        (["generate", "x", "--chat-url", "http://x"], "give --enhance too, or leave them out"),
+        (["generate", "x", "--fit", "letterbox"], "--fit letterbox is for pictures, and there is none; give --image"),
         (["generate"], "give either a PROMPT or --prompts FILE"),
         (["generate", "x", "--storyboard", "board.txt"], "give either a PROMPT or --prompts FILE"),
         (["generate", "--storyboard", "list.txt"], "line 1 of list.txt is 'a red circle'; write SECONDS: PROMPT"),

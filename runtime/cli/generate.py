@@ -74,8 +74,9 @@ def generate(
     run: Run,
 ) -> None:
     """Make a video or an image from a prompt."""
-    if enhance and storyboard is not None:
-        raise UserError("--enhance works on PROMPT and --prompts, not on --storyboard")
+    if not enhance and chat != Chat():
+        raise UserError("--chat-url and --chat-model name what --enhance asks; give --enhance too, or leave them out")
+    endpoint = chat.endpoint()
     if seconds is not None and frames is not None:
         raise UserError("--seconds and --frames exclude each other; give one")
     texts = _texts(prompt, prompts, storyboard, like)
@@ -91,10 +92,17 @@ def generate(
         options["keyframes"] = _parse_keyframes(image, keyframe or [])
     if texts:
         options["scenes"] = ()
+    if enhance and options["scenes"]:
+        raise UserError("--enhance works on PROMPT and --prompts, not on scenes; leave it out, or give a PROMPT")
+    if size.fit is not None and not options["keyframes"]:
+        raise UserError(
+            f"--fit {size.fit} is for pictures, and there is none; give --image or --keyframe, or leave it out"
+        )
     texts = texts or [options.get("prompt", "")]
-    if enhance:
-        texts = [_enhanced(text, chat.endpoint(), pipeline.spec.name) for text in texts]
     shown = _read_keyframes(options, pipeline, size)
+    if enhance:
+        _clips(pipeline, options, shown, [""] * len(texts), count, paths)  # fails before a language model is asked
+        texts = [_enhanced(text, endpoint, pipeline.spec.name) for text in texts]
     clips = _clips(pipeline, options, shown, texts, count, paths)
     write_all(pipeline, clips, options["fps"], clock, run.as_json, sheet)
 
