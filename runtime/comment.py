@@ -131,19 +131,20 @@ def _read_png(path: Path) -> str | None:
 def _read_gif(path: Path) -> str | None:
     with GifImageFile(path) as image:
         text = image.info.get("comment")
-    return None if text is None else text.decode()
+    return None if text is None else text.decode(errors="replace")
 
 
 def _read_webp(path: Path) -> str | None:
     with WebPImageFile(path) as image:
-        xmp = image.info.get("xmp", b"").decode()
+        xmp = image.info.get("xmp", b"").decode(errors="replace")
     if not (xmp.startswith(XMP_START) and xmp.endswith(XMP_END)):
         return None
     return unescape(xmp[len(XMP_START) : -len(XMP_END)])
 
 
 def _read_mp4(path: Path) -> str | None:
-    with path.open("rb") as file, av.open(file, "r", "mp4", {"protocol_whitelist": "none"}) as container:
+    options = {"protocol_whitelist": "none"}
+    with path.open("rb") as file, av.open(file, "r", "mp4", options, metadata_errors="replace") as container:
         if not next(container.demux(video=0)).size:
             raise ValueError("it ends before its first frame, and maybe before its comment")
         return container.metadata.get("comment")

@@ -95,7 +95,7 @@ def plan(spec: ModelSpec, width: int, height: int, frames: int) -> Geometry:
             else f"use at most {_largest_size(spec, geometry)}"
         )
         raise UserError(
-            f"{width}x{height} with {frames} frames is {geometry.tokens} tokens, "
+            f"{width}x{height} with {frames} frame{'s' * (frames > 1)} is {geometry.tokens} tokens, "
             f"over the model's {spec.max_tokens}; {advice}"
         )
     return geometry

@@ -52,6 +52,7 @@ class Studio:
         self.pipeline, self.spec = pipeline, pipeline.spec
         self.on_step, self.cancel, self.stage = on_step, cancel, stage
         self.window = self.spec.defaults.frames
+        self.longest = self._ceil(2 * self.window - frames_step(self.spec))  # frames that are made at once at most
 
     def check(self, request: Request, scenes: Sequence[Scene] = (), keyframes: Collection[int] = ()) -> Settings:
         """A request with nothing left open. Raises UserError, in no time, when it cannot be served."""
@@ -115,8 +116,7 @@ class Studio:
 
         The model sees `context` frames of the clip: more keep its motion, one leaves the motion to the prompt.
         """
-        if not 1 <= context < self.window:
-            raise UserError(f"context must be from 1 to {self.window - 1} frames, is {context}")
+        self.check_context(context)
         if not backward:
             yield clip
             yield from self._sweep(request, frames, clip[-context:])
@@ -132,6 +132,11 @@ class Studio:
         yield from made
         yield clip
 
+    def check_context(self, context: int) -> None:
+        """Raises UserError for a context of `extend` that is empty, or leaves no room in a window."""
+        if not 1 <= context < self.window:
+            raise UserError(f"context must be from 1 to {self.window - 1} frames, is {context}")
+
     def connect(self, first: Frames, second: Frames, request: Request, frames: int) -> Iterator[Frames]:
         """Two clips [T,H,W,3] with about `frames` frames between them, so that latent frames are not divided."""
         yield first
@@ -144,13 +149,44 @@ class Studio:
         yield self.bridge(clip[-1], clip[0], request, frames)
 
     def bridge(self, first: Frames, last: Frames, request: Request, frames: int) -> Frames:
-        """What happens between two pictures [H,W,3], without these: about `frames` frames."""
+        """What happens between two pictures [H,W,3], without these: as many frames as `bridged` says."""
         length = self.bridged(frames) + 2
         return self._paint_around(request, {0: first, length - 1: last}, length)[1:-1]
 
     def bridged(self, frames: int) -> int:
-        """The frames that a bridge of about `frames` frames has."""
+        """The frames that a bridge of about `frames` frames has. Raises UserError for more than are made at once."""
+        if frames + 2 > self.longest:
+            most = self.longest - 2
+            raise UserError(
+                f"{frames} frames from one clip to the next are over the {most} that are made at once, "
+                f"{float(most / self.spec.fps):.2f} seconds; make fewer, or `extend` the clip first"
+            )
         return self._ceil(frames + 2) - 2
+
+    def windowed(self, frames: int) -> int:
+        """The frames of the longest canvas by which a clip of `frames` frames is made window by window."""
+        return self._ceil(min(frames, self.window))
+
+    def blended(self, frames: int) -> int:
+        """The frames of the canvas of a blend of `frames` frames. Raises UserError for more than are made at once."""
+        if frames > self.longest:
+            raise UserError(
+                f"a blend of {frames} frames is over the {self.longest} that are made at once, "
+                f"{float(self.longest / self.spec.fps):.2f} seconds; cut the clips"
+            )
+        return self._ceil(frames)
+
+    @staticmethod
+    def inverted(request: Request) -> Request:
+        """What a blend by inversion asks for. Raises UserError where the request names other steps."""
+        settled = dataclasses.replace(request, sampler="euler", guidance=1.0, guidance_low=None, strength=1.0)
+        for name, value in vars(request).items():
+            if value not in (None, getattr(settled, name)):
+                raise UserError(
+                    f"inversion is by euler, without guidance, at strength 1, not with {name} {value}; "
+                    f"leave it out, or blend latents"
+                )
+        return settled
 
     def edit(self, clip: Frames, request: Request) -> Iterator[Frames]:
         """SDEdit (Meng et al. 2022): the clip [T,H,W,3] with as much noise as `request.strength` says, denoised.
@@ -159,8 +195,7 @@ class Studio:
         """
         if request.strength == 0:
             frames, height, width = clip.shape[:3]
-            length = self._ceil(min(frames, self.window))
-            self.pipeline.check(dataclasses.replace(request, width=width, height=height, frames=length))
+            self.pipeline.check(dataclasses.replace(request, width=width, height=height, frames=self.windowed(frames)))
             yield clip
             return
         yield from self._sweep(request, len(clip), clip[:0], (clip, np.zeros(clip.shape[:3], np.bool_)))
@@ -179,10 +214,11 @@ class Studio:
         With `inversion` the noises that make the two clips (by `euler`, without guidance) are interpolated, else their
         latents, which are then denoised from `request.strength`.
         """
+        self.blended(len(first))
         latents = [self._encode(self._padded(clip)) for clip in (first, second)]
         noise = None
         if inversion:
-            request = dataclasses.replace(request, sampler="euler", guidance=1.0, strength=1.0)
+            request = self.inverted(request)
             noises = []
             for latent in latents:
                 generation = self.pipeline.prepare_inversion(request, latent)
@@ -201,7 +237,7 @@ class Studio:
         """
         step = frames_step(self.spec)
         captioner = Captioner(self.spec, self.pipeline.engines, self.pipeline.tokenizer)
-        frames = min(len(clip), 2 * self.window - 1)
+        frames = min(len(clip), self.longest)
         return captioner.caption(self._encode(clip[: 1 + (frames - 1) // step * step]), beams)
 
     def _stream(self, request: Request, canvas: Canvas | None) -> Iterator[Frames]:

@@ -16,6 +16,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from PIL import Image
 
 from tubelet.runtime import VideoWriter, comment
 from tubelet.runtime.recipe import Recipe
@@ -158,6 +159,8 @@ def test_every_task_makes_a_file_from_files(tubelet, tmp_path: Path) -> None:
         assert clip["frames"] == len(read_frames(tmp_path / "b.mp4")[0]) == frames, arguments
         assert json.loads(tubelet("inspect", "b.mp4", "--json").out)["command"] == arguments[0]
         assert clip["prompt"] == (arguments[2] if arguments[0] in ("edit", "inpaint") else PROMPT)
+        if arguments == ("blend", "a.mp4", "a.mp4"):
+            assert (clip["sampler"], clip["guidance"], clip["strength"]) == ("euler", 1, 1)
     repeated = tubelet("generate", "--like", "b.mp4")
     assert repeated.code == 2 and "was made by `tubelet blend`" in repeated.err
 
@@ -191,6 +194,25 @@ def test_a_clip_of_unknown_origin_is_described_for_its_task(tubelet, tmp_path: P
         writer.write(frames)
     result = tubelet("variation", "plain.mp4", "--steps", "2", "-o", "b.mp4")
     assert result.code == 0 and "prompt: a red circle" in result.err
+
+
+@pytest.mark.parametrize(("name", "kind"), [("a.png", "JPEG"), ("a.mp4", "PNG"), ("a.gif", "GIF")])
+def test_a_clip_whose_comment_cannot_be_read_is_described(tubelet, tmp_path: Path, name: str, kind: str) -> None:
+    picture = np.full((32, 32, 3), 255, np.uint8)
+    picture[8:24, 8:24] = (255, 0, 0)
+    Image.fromarray(picture).save(tmp_path / name, kind, comment="café".encode("latin-1"))
+
+    result = tubelet("variation", name, "--steps", "1", "-o", "b.png")
+
+    assert result.code == 0 and "prompt: a red square" in result.err, result.err
+
+
+def test_a_picture_may_be_larger_than_a_clip(tubelet, tmp_path: Path) -> None:
+    assert tubelet("generate", PROMPT, "-o", "a.png", "--frames", "1", "--steps", "1").code == 0
+    result = tubelet("edit", "a.png", "x", "--width", "352", "--height", "352", "--steps", "1", "-o", "b.png")
+    assert result.code == 0, result.err
+    clip = tubelet("generate", "x", "--width", "352", "--height", "352")
+    assert clip.code == 2 and "with 33 frames is 4356 tokens" in clip.err
 
 
 def test_a_prompt_is_enhanced_by_rules(tubelet) -> None:
@@ -232,13 +254,23 @@ def test_a_prompt_is_enhanced_by_rules(tubelet) -> None:
         (["extend", "plain.png", "--seconds", "0"], "--seconds must be above 0"),
         (["extend", "plain.png", "--context", "0"], "--context"),
         (["extend", "plain.png", "--context", "33"], "context must be from 1 to 32 frames, is 33"),
-        (["loop", "plain.png", "--seconds", "1000"], "over the model's"),
+        (["loop", "plain.png", "--seconds", "60"], "1440 frames from one clip to the next are over the 63"),
         (["edit", "plain.png", "x", "--strength", "1.5"], "strength must be from 0 to 1, is 1.5"),
         (["edit", "plain.png"], "Missing argument"),
+        (["edit", "plain.png", "x", "--width", "-16", "--height", "-16"], "width -16 is not a positive multiple of 16"),
+        (["edit", "plain.png", "x", "--width", "16", "--height", "100000000000"], "use at most 16x65536"),
+        (["edit", "list.txt", "x", "--width", "1000000", "--height", "1000000"], "use at most 1024x1024"),
+        (["edit", "plain.png", "x", "--width", "2048", "--height", "1024"], "2048x1024 with 1 frame is 8192 tokens"),
         (["inpaint", "plain.png", "x", "--mask", "plain.png"], "is nowhere white"),
         (["inpaint", "plain.png", "x", "--mask", "list.txt"], "cannot read list.txt"),
         (["blend", "plain.png", "plain.png", "--by", "magic"], "--by must be inversion or latents, is 'magic'"),
         (["blend", "plain.png", "plain.png", "--weight", "2"], "--weight"),
+        (
+            ["blend", "plain.png", "plain.png", "--sampler", "unipc"],
+            "by euler, without guidance, at strength 1, not with",
+        ),
+        (["blend", "plain.png", "plain.png", "--guidance", "3"], "not with guidance 3.0; leave it out"),
+        (["blend", "plain.png", "plain.png", "--strength", "0.6"], "not with strength 0.6; leave it out"),
         (["inspect", "plain.png"], "plain.png does not say how it was made"),
         (["generate", "x", "--prompts", "y"], "give either a PROMPT or --prompts FILE"),
         (["generate", "--prompts", "absent.txt"], "cannot read absent.txt: No such file or directory"),
@@ -295,7 +327,7 @@ def test_mistakes_exit_with_2_and_one_sentence(tubelet, tmp_path: Path, argument
 
     assert result.code == 2
     assert message in " ".join(result.err.replace("│", " ").split())
-    assert "Traceback" not in result.err
+    assert "Traceback" not in result.err and "prompt:" not in result.err
     assert sorted(tmp_path.iterdir()) == before
 
 

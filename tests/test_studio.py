@@ -142,6 +142,16 @@ def test_loops_and_connections_keep_both_ends(studio: Studio, noise: np.ndarray,
     np.testing.assert_array_equal(connected[-19:], noise[::-1])
 
 
+def test_what_is_too_long_to_make_at_once_is_refused(studio: Studio) -> None:
+    clip = np.zeros((66, 32, 32, 3), np.uint8)
+    assert (studio.bridged(63), studio.blended(65)) == (63, 65)
+    for chunks in (studio.loop(clip, FAST, 64), studio.connect(clip, clip, FAST, 64)):
+        with pytest.raises(UserError, match=r"64 frames from one clip to the next are over the 63 .*, 2\.62 seconds"):
+            joined(chunks)
+    with pytest.raises(UserError, match=r"a blend of 66 frames is over the 65 that are made at once, 2\.71 seconds"):
+        studio.blend(clip, clip, FAST, 0.5, inversion=False)
+
+
 def test_editing_goes_from_the_clip_to_the_prompt(studio: Studio, clip: np.ndarray) -> None:
     request = Request("a blue circle moves right on a white background", width=48, height=48, seed=4)
     made = {s: joined(studio.edit(clip, replace(request, strength=s))) for s in (0.0, 0.5, 1.0)}

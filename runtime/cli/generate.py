@@ -61,7 +61,9 @@ def generate(
     image: Annotated[Path | None, typer.Option(help="Picture to begin with.")] = None,
     keyframe: Annotated[list[str] | None, typer.Option(help="FRAME:FILE, a picture at a frame; repeatable.")] = None,
     frames: Annotated[int | None, typer.Option(help="Number of frames, 1 + 4k for the embedded model.")] = None,
-    seconds: Annotated[float | None, typer.Option(help="Duration, instead of --frames.")] = None,
+    seconds: Annotated[
+        float | None, typer.Option(help="Duration, instead of --frames.", callback=check_seconds)
+    ] = None,
     fps: Annotated[float | None, typer.Option(help="Frames a second of the file; the model's if not given.")] = None,
     enhance: Annotated[
         bool, typer.Option("--enhance", help="Let a language model, or rules, detail the prompt.")
@@ -115,7 +117,7 @@ def _complete(given: Mapping[str, Any], pipeline: Pipeline, like: Path | None, s
     if not MIN_FPS <= fps <= MAX_FPS:
         raise UserError(f"--fps must be from {MIN_FPS:g} to {MAX_FPS:g}, is {fps:g}")
     if seconds is not None:
-        options["frames"] = frames_for(pipeline.spec, check_seconds(seconds), fps)
+        options["frames"] = frames_for(pipeline.spec, seconds, fps)
     return options
 
 

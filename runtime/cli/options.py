@@ -14,7 +14,7 @@ from ..bundle import EMBEDDED
 from ..chat import KEY_VARIABLE, Endpoint
 from ..errors import UserError
 from ..fit import Fit
-from ..geometry import nearest_size
+from ..geometry import nearest_size, plan
 from ..pipeline import Pipeline
 from ..plans import FOLDER
 from ..request import Request
@@ -46,7 +46,7 @@ class Sampling:
     negative_prompt: Annotated[str | None, typer.Option(help="What the video should not show.")] = None
     seed: Annotated[int | None, typer.Option(help="The same seed makes the same video; 0 if not given.")] = None
 
-    def request(self, prompt: str, strength: float = 1.0) -> Request:
+    def request(self, prompt: str = "", strength: float = 1.0) -> Request:
         return Request(
             prompt,
             negative_prompt=self.negative_prompt,
@@ -90,11 +90,12 @@ class Size:
     fit: Annotated[Fit | None, typer.Option(help="How a picture gets another aspect ratio; crop if not given.")] = None
 
     def of(self, spec: ModelSpec) -> Callable[[tuple[int, int]], tuple[int, int]]:
-        """From a file's size to the size wanted."""
+        """From a file's size to the size wanted. Raises UserError for one that no picture can have."""
         if (self.width is None) != (self.height is None):
             raise UserError("give both --width and --height, or neither")
         if self.width is not None and self.height is not None:
             size = (self.width, self.height)
+            plan(spec, *size, frames=1)
             return lambda _: size
         return lambda size: nearest_size(spec, *size)
 
@@ -117,8 +118,8 @@ class Chat:
         return Endpoint(self.chat_url, self.chat_model, os.environ.get(KEY_VARIABLE))
 
 
-def check_seconds(seconds: float) -> float:
-    """Raises UserError for a duration that is not above 0 or longer than a day."""
-    if not 0 < seconds <= MAX_SECONDS:
+def check_seconds(seconds: float | None) -> float | None:
+    """A typer callback. Raises UserError for a duration that is not above 0 or longer than a day."""
+    if seconds is not None and not 0 < seconds <= MAX_SECONDS:
         raise UserError(f"--seconds must be above 0 and at most {MAX_SECONDS}, is {seconds:g}")
     return seconds

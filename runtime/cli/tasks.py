@@ -18,14 +18,13 @@ from ..media import read_clip
 from ..recipe import Recipe
 from ..request import Request
 from ..studio import CONTEXT, Studio
-from ..video import CODECS
 from .app import command, err
 from .options import ClipFile, Output, Prompt, Run, Sampling, Size, Strength, check_seconds
 from .output import Clip, Clock, digest, output_paths, read_recipe, write_all
 
 Make = Callable[["Studio", "Request"], Iterator["Frames"]]
 OUT = Path("out.mp4")
-SECONDS = Annotated[float, typer.Option(help="Duration of what is made.")]
+SECONDS = Annotated[float, typer.Option(help="Duration of what is made.", callback=check_seconds)]
 
 
 @command
@@ -44,11 +43,13 @@ def extend(
     run: Run,
 ) -> None:
     """Make a clip longer; the clip itself stays as it is."""
-    desk = Desk("extend", [clip], prompt, output, size, sampling, run)
+    desk = Desk("extend", [clip], prompt, output, size, sampling.request(), run)
     (given,) = desk.clips
     frames = desk.frames(seconds)
+    desk.studio.check_context(context)
     desk.write(
         len(given) + frames,
+        desk.studio.windowed(min(context, len(given)) + frames),
         lambda studio, request: studio.extend(given, request, frames, backward, context),
         {"added": frames, "backward": backward, "context": context},
     )
@@ -66,10 +67,15 @@ def loop(
     run: Run,
 ) -> None:
     """Make a clip that leads from its end to its start."""
-    desk = Desk("loop", [clip], prompt, output, size, sampling, run)
+    desk = Desk("loop", [clip], prompt, output, size, sampling.request(), run)
     (given,) = desk.clips
     frames = desk.studio.bridged(desk.frames(seconds))
-    desk.write(len(given) + frames, lambda studio, request: studio.loop(given, request, frames), {"added": frames})
+    desk.write(
+        len(given) + frames,
+        frames + 2,  # the pictures that it leads from and to
+        lambda studio, request: studio.loop(given, request, frames),
+        {"added": frames},
+    )
 
 
 @command
@@ -85,11 +91,12 @@ def connect(
     run: Run,
 ) -> None:
     """Make what happens between two clips."""
-    desk = Desk("connect", [first, second], prompt, output, size, sampling, run)
+    desk = Desk("connect", [first, second], prompt, output, size, sampling.request(), run)
     one, other = desk.clips
     frames = desk.studio.bridged(desk.frames(seconds))
     desk.write(
         len(one) + frames + len(other),
+        frames + 2,  # the pictures that it leads from and to
         lambda studio, request: studio.connect(one, other, request, frames),
         {"added": frames},
     )
@@ -128,9 +135,9 @@ def variation(
 def _redo(
     name: str, clip: Path, prompt: str | None, output: Path, strength: float, size: Size, sampling: Sampling, run: Run
 ) -> None:
-    desk = Desk(name, [clip], prompt, output, size, sampling, run, strength)
+    desk = Desk(name, [clip], prompt, output, size, sampling.request(strength=strength), run)
     (given,) = desk.clips
-    desk.write(len(given), lambda studio, request: studio.edit(given, request))
+    desk.write(len(given), desk.studio.windowed(len(given)), lambda studio, request: studio.edit(given, request))
 
 
 @command
@@ -145,11 +152,12 @@ def inpaint(
     run: Run,
 ) -> None:
     """Make a part of a clip anew, in space and time; the rest stays as it is."""
-    desk = Desk("inpaint", [clip], prompt, output, size, sampling, run)
+    desk = Desk("inpaint", [clip], prompt, output, size, sampling.request(), run)
     (given,) = desk.clips
     white = desk.read_mask(mask, given)
     desk.write(
         len(given),
+        desk.studio.windowed(len(given)),
         lambda studio, request: studio.inpaint(given, white, request),
         {"mask": [str(mask), digest(mask)]},
     )
@@ -166,7 +174,9 @@ def blend(
     by: Annotated[
         str, typer.Option(help="inversion: between the noises that make the clips; latents: between the clips.")
     ] = "inversion",
-    strength: Strength = 0.6,
+    strength: Annotated[
+        float | None, typer.Option(help="0 returns the clip, 1 ignores it; of --by latents, 0.6 if not given.")
+    ] = None,
     size: Size,
     sampling: Sampling,
     run: Run,
@@ -174,12 +184,17 @@ def blend(
     """Make a clip between two clips."""
     if by not in ("inversion", "latents"):
         raise UserError(f"--by must be inversion or latents, is {by!r}")
-    desk = Desk("blend", [first, second], prompt, output, size, sampling, run, strength)
+    inversion = by == "inversion"
+    if strength is None:
+        strength = 1.0 if inversion else 0.6
+    request = sampling.request(strength=strength)
+    desk = Desk("blend", [first, second], prompt, output, size, Studio.inverted(request) if inversion else request, run)
     frames = min(map(len, desk.clips))
     one, other = (clip[:frames] for clip in desk.clips)
     desk.write(
         frames,
-        lambda studio, request: iter([studio.blend(one, other, request, weight, by == "inversion")]),
+        desk.studio.blended(frames),
+        lambda studio, request: iter([studio.blend(one, other, request, weight, inversion)]),
         {"weight": weight, "by": by},
     )
 
@@ -194,12 +209,11 @@ class Desk:
         prompt: str | None,
         output: Path,
         size: Size,
-        sampling: Sampling,
+        request: Request,
         run: Run,
-        strength: float = 1.0,
     ):
 
-        self.command, self.files, self.run = command, files, run
+        self.command, self.files, self.prompt, self.request, self.run = command, files, prompt, request, run
         (self.path,) = output_paths(output, 1, None)
         self.clock = Clock()
         with self.clock("load"):
@@ -209,19 +223,13 @@ class Desk:
         self.fit = size.fit or Fit.CROP
         with self.clock("read"):
             self.clips = self._read(size.of(self.pipeline.spec))
-        text = prompt if prompt is not None else self._describe()
-        _, height, width, _ = self.clips[0].shape
-        request = dataclasses.replace(sampling.request(text, strength), width=width, height=height)
-        self.request = request
-        self.settings = self.studio.check(request)
 
     def _describe(self) -> str:
         """What the clips show, by their own account or the captioner's; nothing where they differ."""
         said = set()
         for file, clip in zip(self.files, self.clips, strict=True):
-            recipe = read_recipe(file) if file.suffix.lower() in CODECS else None
-            if recipe is not None and recipe.prompt is not None:
-                said.add(recipe.prompt)
+            if (prompt := _told(file)) is not None:
+                said.add(prompt)
             elif self.pipeline.spec.captioner is not None:
                 said.add(self.studio.describe(clip))
         prompt = said.pop() if len(said) == 1 else ""
@@ -246,13 +254,27 @@ class Desk:
         return np.broadcast_to(white, clip.shape[:3])
 
     def frames(self, seconds: float) -> int:
-        return max(1, round(check_seconds(seconds) * self.fps))
+        return max(1, round(seconds * self.fps))
 
-    def write(self, frames: int, make: Make, options: dict[str, Any] | None = None) -> None:
-
+    def write(self, frames: int, canvas: int, make: Make, options: dict[str, Any] | None = None) -> None:
+        """Makes a clip of `frames` frames, `canvas` of them at once."""
+        _, height, width, _ = self.clips[0].shape
+        request = dataclasses.replace(self.request, prompt=self.prompt or "", width=width, height=height, frames=canvas)
+        settings = self.studio.check(request)  # before the captioner, which takes its time
+        if self.prompt is None:
+            request = dataclasses.replace(request, prompt=self._describe())
+            settings = self.studio.check(request)
         inputs = [[str(file), digest(file)] for file in self.files]
-        settings = dataclasses.asdict(self.settings) | {"frames": frames, "fit": self.fit.value, "fps": float(self.fps)}
-        recipe = Recipe.of(self.pipeline.bundle.key, self.command, {**settings, **(options or {}), "clips": inputs})
-        shape = (frames, self.settings.height, self.settings.width)
-        clip = Clip(self.path, shape, lambda studio: make(studio, self.request), recipe)
+        told = dataclasses.asdict(settings) | {"frames": frames, "fit": self.fit.value, "fps": float(self.fps)}
+        recipe = Recipe.of(self.pipeline.bundle.key, self.command, {**told, **(options or {}), "clips": inputs})
+        clip = Clip(self.path, (frames, height, width), lambda studio: make(studio, request), recipe)
         write_all(self.pipeline, [clip], float(self.fps), self.clock, self.run.as_json)
+
+
+def _told(file: Path) -> str | None:
+    """The prompt that made a file which could be decoded, if it says so; one of another kind than its name has none."""
+    try:
+        recipe = read_recipe(file)
+    except UserError:
+        return None
+    return recipe.prompt if recipe else None
