@@ -101,7 +101,7 @@ def _middles_before(time: Fraction, fps: Fraction) -> int:
 def _opened(name: str, limits: Limits) -> Iterator[InputContainer]:
     """The file as a container; what FFmpeg or the system refuses meanwhile becomes a UserError."""
     if not os.path.exists(name):
-        raise UserError(f"there is no file {name}; give the path of a video or an image")
+        raise UserError(f"there is no file {name}; give the path of a video or an image on this machine, not a URL")
     if not os.path.isfile(name):
         raise UserError(f"{name} is not a file; give the path of a video or an image")
     size = os.path.getsize(name)

@@ -240,16 +240,21 @@ def test_a_prompt_is_enhanced_by_rules(tubelet) -> None:
         (["generate"], "give either a PROMPT or --prompts FILE"),
         (["generate", "x", "--storyboard", "board.txt"], "give either a PROMPT or --prompts FILE"),
         (["generate", "--storyboard", "list.txt"], "line 1 of list.txt is 'a red circle'; write SECONDS: PROMPT"),
+        (
+            ["generate", "--storyboard", "minutes.txt"],
+            "line 2 of minutes.txt is '1:30: a red circle'; write SECONDS: PROMPT",
+        ),
         (["generate", "--storyboard", "late.txt"], "scenes must start at frame 0"),
         (["generate", "--like", "absent.mp4"], "absent.mp4"),
         (["generate", "--like", "plain.png"], "plain.png does not say how it was made"),
-        (["generate", "x", "--image", "absent.png"], "absent.png"),
+        (["generate", "x", "--image", "absent.png"], "No such file or directory; give the path of a video or an image"),
         (["generate", "x", "--image", "list.txt"], "cannot read list.txt"),
         (["generate", "x", "--keyframe", "plain.png"], "--keyframe 'plain.png' must be FRAME:FILE"),
         (["generate", "x", "--keyframe", "40:plain.png"], "keyframe 40 is outside the frames 0 to 32"),
         (["generate", "x", "--image", "plain.png", "--keyframe", "0:plain.png"], "frame 0 is given two pictures"),
         (["generate", "x", "--image", "plain.png", "--width", "64"], "give both --width and --height"),
-        (["extend", "absent.mp4"], "absent.mp4"),
+        (["extend", "absent.mp4"], "there is no file absent.mp4; give the path of a video or an image"),
+        (["extend", "http://localhost/a.mp4"], "on this machine, not a URL"),
         (["extend", "list.txt"], "cannot read list.txt"),
         (["extend", "plain.png", "--seconds", "0"], "--seconds must be above 0"),
         (["extend", "plain.png", "--context", "0"], "--context"),
@@ -318,6 +323,7 @@ def test_mistakes_exit_with_2_and_one_sentence(tubelet, tmp_path: Path, argument
     (tmp_path / "empty").mkdir()
     (tmp_path / "list.txt").write_text("a red circle\n")
     (tmp_path / "late.txt").write_text("1: a red circle\n")
+    (tmp_path / "minutes.txt").write_text("0: a red circle\n1:30: a red circle\n")
     (tmp_path / "folder.mp4").mkdir()
     with VideoWriter(tmp_path / "plain.png", 32, 32, 24) as writer:
         writer.write(np.zeros((1, 32, 32, 3), np.uint8))

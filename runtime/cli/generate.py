@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 import itertools
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -171,7 +172,7 @@ def _lines(file: Path) -> list[str]:
     try:
         return [line.strip() for line in file.read_text(encoding="utf-8-sig").split("\n")]
     except OSError as error:
-        raise UserError(f"cannot read {file}: {error.strerror}") from error
+        raise UserError(f"cannot read {file}: {error.strerror}; give the path of a text file") from error
     except UnicodeDecodeError as error:
         raise UserError(f"{file} is not UTF-8 (byte {error.start}); save it as UTF-8") from error
 
@@ -187,8 +188,8 @@ def _read_storyboard(file: Path, fps: float) -> tuple[tuple[int, str], ...]:
             scenes.append((round(float(start) * fps), prompt.strip()))
         except (ValueError, OverflowError):
             colon = ""
-        if not colon or not prompt.strip():
-            raise UserError(f"line {number} of {file} is {line!r}; write SECONDS: PROMPT, as in 2.5: a red circle")
+        if not colon or not prompt.strip() or re.match(r"\s*[\d.]+\s*:", prompt):
+            raise UserError(f"line {number} of {file} is {line!r}; write SECONDS: PROMPT, as in 90.5: a red circle")
     if not scenes:
         raise UserError(f"{file} holds no scene; write lines such as 0: a red circle moves right")
     return tuple(scenes)

@@ -180,7 +180,9 @@ def digest(path: Path) -> str:
     try:
         return record(path).sha256
     except OSError as error:
-        raise UserError(f"cannot read {path}: {error.strerror}") from error
+        raise UserError(
+            f"cannot read {path}: {error.strerror}; give the path of a video or an image on this machine, not a URL"
+        ) from error
 
 
 def _write_sheet(path: Path, rows: list[tuple[Thumbnails, str]]) -> None:
