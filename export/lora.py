@@ -19,17 +19,16 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from safetensors import safe_open
 from torch import Tensor
 
 from tubelet.runtime.errors import UserError
 from tubelet.runtime.spec import DenoiserSpec, LtxDenoiserSpec
-from tubelet.runtime.strict import require
+from tubelet.runtime.strict import read, require
 
 from .checkpoint import Checkpoint, Made
 from .ltx_names import TRANSFORMER as LTX
 from .names import Names
-from .storage import DTYPES, StoredTensor, read_header, read_values
+from .storage import DTYPES, StoredTensor, read_header, read_metadata, read_values
 from .wan_names import TRANSFORMER as WAN
 
 NAMES: Mapping[type[DenoiserSpec], Names] = {DenoiserSpec: WAN, LtxDenoiserSpec: LTX}
@@ -63,16 +62,21 @@ class Lora:
 
 @dataclass(frozen=True)
 class Change:
-    """What one file adds to one parameter: scale * up @ down, or scale * diff."""
+    """What one file adds to one parameter: scale * alpha/rank * up @ down, or scale * diff."""
 
     path: Path
     scale: float
     factors: tuple[StoredTensor, ...]  # up and down, or a difference
+    alpha: StoredTensor | float | None = None  # None: the rank
 
     def of(self, shape: tuple[int, ...]) -> Tensor:
         first, *second = (read_values(self.path, stored).float() for stored in self.factors)
-        product = first.flatten(1) @ second[0].flatten(1) if second else first
-        return self.scale * product.reshape(shape)
+        if not second:
+            return self.scale * first.reshape(shape)
+        (down,) = second
+        alpha = read_values(self.path, self.alpha).item() if isinstance(self.alpha, StoredTensor) else self.alpha
+        scale = self.scale if alpha is None else self.scale * alpha / len(down)
+        return scale * (first.flatten(1) @ down.flatten(1)).reshape(shape)
 
 
 def merged(checkpoint: Checkpoint, loras: Sequence[Lora]) -> Checkpoint:
@@ -103,10 +107,12 @@ def _made(checkpoint: Checkpoint, name: str, changes: Sequence[Change]) -> Made:
 def _changes(lora: Lora, checkpoint: Checkpoint) -> dict[str, Change]:
     """What a file adds, by our names."""
     require(lora.path.is_file(), f"there is no file {lora.path}")
+    stored = read_header(lora.path)
+    require(bool(stored), f"{lora.path} holds no tensors; give a file with an adapter")
     layers, alphas = _layers(checkpoint, lora.expert), _Alphas(lora.path)
     changes: dict[str, Change] = {}
     unmatched: list[str] = []
-    for layer, parts in _by_layer(read_header(lora.path)).items():
+    for layer, parts in _by_layer(stored).items():
         found = _of_layer(lora, layer, parts, alphas)
         if layer in layers and found is not None:
             changes |= {f"{ours}{end}": change for ours in layers[layer] for end, change in found.items()}
@@ -137,9 +143,7 @@ def _of_layer(lora: Lora, layer: str, parts: Mapping[str, StoredTensor], alphas:
         return None
     changes = {}
     if down is not None and up is not None:
-        rank = down.shape[0]
-        alpha = float(read_values(lora.path, parts["alpha"])) if "alpha" in parts else alphas.of(layer, rank)
-        changes[".weight"] = Change(lora.path, lora.scale * alpha / rank, (up, down))
+        changes[".weight"] = Change(lora.path, lora.scale, (up, down), parts.get("alpha", alphas.of(layer)))
     for part, end in (("diff", ".weight"), ("diff_b", ".bias")):
         if part in parts:
             if end in changes:
@@ -170,23 +174,38 @@ def _fits(change: Change, stored: StoredTensor | None) -> bool:
         return False
     if len(change.factors) == 1:
         return math.prod(change.factors[0].shape) == math.prod(stored.shape)
-    up, down = (factor.shape for factor in change.factors)
-    matrix = (stored.shape[0], math.prod(stored.shape[1:]))
-    return (up[0], math.prod(up[1:])) == (matrix[0], down[0]) and math.prod(down[1:]) == matrix[1]
+    up, down, (rows, columns) = (_matrix(tensor.shape) for tensor in (*change.factors, stored))
+    rank, alpha = up[1], change.alpha
+    one = not isinstance(alpha, StoredTensor) or math.prod(alpha.shape) == 1
+    return one and min(rows, rank) > 0 and up == (rows, rank) and down == (rank, columns)
+
+
+def _matrix(shape: tuple[int, ...]) -> tuple[int, int]:
+    """Rows and columns; a convolution has them too, and what has none is an empty matrix."""
+    return (shape[0], math.prod(shape[1:])) if len(shape) > 1 else (0, 0)
+
+
+@dataclass(frozen=True)
+class _Alpha:
+    """Of all layers of a part, and of some by name."""
+
+    lora_alpha: float | None
+    alpha_pattern: Mapping[str, float]
 
 
 class _Alphas:
-    """What diffusers writes of alpha beside the tensors; without it alpha is the rank."""
+    """What diffusers writes of alpha beside the tensors."""
 
     def __init__(self, path: Path):
-        with safe_open(path, "pt") as file:
-            text = (file.metadata() or {}).get("lora_adapter_metadata", "{}")
+        self._where = f"the metadata of {path}"
         try:
-            self._told: dict[str, Any] = dict(json.loads(text))
-        except (ValueError, TypeError) as error:
-            raise UserError(f"the metadata of {path} is not JSON: {error}") from error
+            self._told: dict[str, Any] = dict(json.loads(read_metadata(path).get("lora_adapter_metadata", "{}")))
+        except (ValueError, TypeError, RecursionError) as error:
+            raise UserError(f"{self._where} is not JSON: {error}") from error
 
-    def of(self, layer: str, rank: int) -> float:
+    def of(self, layer: str) -> float | None:
         part, _, name = layer.partition(".")
-        patterns = self._told.get(f"{part}.alpha_pattern") or {}
-        return float(patterns.get(name, self._told.get(f"{part}.lora_alpha") or rank))
+        told = {"lora_alpha": self._told.get(f"{part}.lora_alpha") or None}
+        told |= {"alpha_pattern": self._told.get(f"{part}.alpha_pattern") or {}}
+        found = read(_Alpha, told, f"{self._where}: {part}")
+        return found.alpha_pattern.get(name, found.lora_alpha)

@@ -12,9 +12,11 @@ import math
 import pickle
 import struct
 import threading
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -46,12 +48,8 @@ def read_header(path: Path, file: str | None = None) -> dict[str, StoredTensor]:
 
     `file` is the name that the file has in the bundle, its own if not given.
     """
-    try:
-        with path.open("rb") as opened:
-            (length,) = struct.unpack("<Q", opened.read(8))
-            if length > path.stat().st_size - 8:
-                raise ValueError("its header is truncated")
-            header = json.loads(opened.read(length))
+    with _reported(path):
+        length, header = _header(path)
         header.pop("__metadata__", None)
         tensors = {}
         for name, entry in header.items():
@@ -66,11 +64,33 @@ def read_header(path: Path, file: str | None = None) -> dict[str, StoredTensor]:
             if 8 + length + end > path.stat().st_size:
                 raise ValueError(f"the bytes of {name} are truncated")
             tensors[name] = tensor
+    return tensors
+
+
+def read_metadata(path: Path) -> dict[str, str]:
+    """What a safetensors file says beside its tensors. Raises UserError when it is damaged."""
+    with _reported(path):
+        return dict(_header(path)[1].get("__metadata__", {}))
+
+
+def _header(path: Path) -> tuple[int, dict[str, Any]]:
+    """A safetensors file's header, after its length in bytes."""
+    with path.open("rb") as opened:
+        (length,) = struct.unpack("<Q", opened.read(8))
+        if length > path.stat().st_size - 8:
+            raise ValueError("its header is truncated")
+        return length, json.loads(opened.read(length))
+
+
+@contextmanager
+def _reported(path: Path) -> Iterator[None]:
+    """What goes wrong inside, in reading a safetensors file, is a UserError outside."""
+    try:
+        yield
     except OSError as error:
         raise UserError(f"cannot read {path}: {error.strerror}; make it readable") from error
     except (struct.error, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         raise UserError(f"{path} is not a usable safetensors file ({error}); copy it again") from error
-    return tensors
 
 
 def read_pth(path: Path, file: str) -> dict[str, StoredTensor]:

@@ -22,7 +22,7 @@ import torch
 from numpy.typing import NDArray
 from PIL import Image
 from published import KINDS, TEXTS, pipeline, randomise, renamed, write_diffusers, write_original
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file, save, save_file
 from torch_engines import TorchEngines, painted
 
 from tubelet.export.checkpoint import Checkpoint
@@ -338,6 +338,39 @@ def test_adapters_must_fit(
     save_file({key: torch.zeros(shape)}, tmp_path / "a.safetensors")
     with pytest.raises(UserError, match=message):
         merged(open_wan(models["wan2.1-t2v"].diffusers), [Lora.parse(f"{tmp_path / 'a.safetensors'}:1")])
+
+
+def written(metadata: dict[str, str] | None = None, **tensors: torch.Tensor) -> bytes:
+    return save({f"transformer.blocks.0.attn1.to_q.{part}": tensor for part, tensor in tensors.items()}, metadata)
+
+
+PAIR = {"lora_A.weight": torch.zeros(4, 48), "lora_B.weight": torch.zeros(48, 4)}
+UNFIT = r"not its parameters: none; of another shape: denoiser.blocks.0.self_attention.q.weight$"
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        (b"This is not an adapter.", r"is not a usable safetensors file \(its header is truncated\); copy it again"),
+        (written(**PAIR)[:-1], r"is not a usable safetensors file \(the bytes of .* are truncated\)"),
+        (save({}), "holds no tensors; give a file with an adapter"),
+        (written(**PAIR | {"lora_A.weight": torch.zeros(0, 48), "lora_B.weight": torch.zeros(48, 0)}), UNFIT),
+        (written(**PAIR | {"lora_A.weight": torch.zeros(())}), UNFIT),
+        (written(**PAIR | {"lora_B.weight": torch.zeros(())}), UNFIT),
+        (written(**PAIR | {"lora_B.weight": torch.zeros(48)}), UNFIT),
+        (written(**PAIR, alpha=torch.ones(2)), UNFIT),
+        (
+            written({"lora_adapter_metadata": '{"transformer.lora_alpha": "x"}'}, **PAIR),
+            r"the metadata of .*: transformer.lora_alpha must be float or NoneType, is 'x'",
+        ),
+    ],
+)
+def test_damaged_adapters_are_refused(
+    models: Mapping[str, Published], tmp_path: Path, content: bytes, message: str
+) -> None:
+    (tmp_path / "a.safetensors").write_bytes(content)
+    with pytest.raises(UserError, match=message):
+        merged(models["wan2.1-t2v"].checkpoint, [Lora.parse(str(tmp_path / "a.safetensors"))])
 
 
 def test_adapters_are_named_with_a_scale() -> None:
