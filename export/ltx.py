@@ -105,7 +105,7 @@ def denoiser_spec(part: Part) -> LtxDenoiserSpec:
         latent_channels=channels,
         patch=(1, 1, 1),
         width=width,
-        depth=source.count("denoiser.blocks.{i}.self_attention.q.weight"),
+        depth=source.depth("denoiser.blocks.{i}.self_attention.q.weight"),
         heads=_read(Heads, part).num_attention_heads,
         ffn_width=source.shape("denoiser.blocks.{i}.ffn.0.weight")[0],
         text_width=source.shape("conditioner.embed.0.weight")[1],
@@ -201,7 +201,7 @@ def _read(kind: type[T], part: Part) -> T:
 
 
 def _values(part: Part, name: str) -> tuple[float, ...]:
-    """A tensor's values; it is small."""
-    part.shape(name)
+    """A vector's values; it is small."""
+    part.shape(name, 1)
     stored = part.found[name]
     return tuple(read_values(part.files[stored.file], stored).double().flatten().tolist())

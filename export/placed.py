@@ -74,18 +74,20 @@ class Source:
     names: Names
     layout: Layout
 
-    def count(self, ours: str) -> int:
-        return self.part.count(self.names.source(ours, self.layout))
+    def depth(self, ours: str) -> int:
+        return self.part.depth(self.names.source(ours, self.layout))
 
     def has(self, ours: str) -> bool:
         return self._first(ours) in self.part.found
 
-    def shape(self, ours: str) -> tuple[int, ...]:
-        return self.part.shape(self._first(ours))
+    def shape(self, ours: str, rank: int = 2) -> tuple[int, ...]:
+        return self.part.shape(self._first(ours), rank)
 
     def _first(self, ours: str) -> str:
-        """What our parameter, with "{i}" in the place of a block's number, is called in the first block."""
-        return self.names.source(ours, self.layout).format(i=0)
+        """What our parameter, with "{i}" for a block's number, is called in the first block that has it, or in 0."""
+        theirs = self.names.source(ours, self.layout)
+        names = [theirs.format(i=i) for i in range(self.part.depth(theirs) if "{i}" in theirs else 1)]
+        return next((name for name in names if name in self.part.found), theirs.format(i=0))
 
 
 def text_encoder_spec(part: Part, names: Names, layout: Layout, length: int, cleaned: bool) -> TextEncoderSpec:
@@ -97,7 +99,7 @@ def text_encoder_spec(part: Part, names: Names, layout: Layout, length: int, cle
     return TextEncoderSpec(
         vocabulary=vocabulary,
         width=width,
-        depth=source.count("text_encoder.layers.{i}.q.weight"),
+        depth=source.depth("text_encoder.layers.{i}.q.weight"),
         heads=heads,
         head_size=source.shape("text_encoder.layers.{i}.q.weight")[0] // heads,
         ffn_width=source.shape("text_encoder.layers.{i}.up.weight")[0],

@@ -11,6 +11,7 @@ nothing of what the parameters mean: see `wan.py` and `ltx.py`.
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -36,17 +37,25 @@ class Part:
     found: Mapping[str, StoredTensor]
     files: Mapping[str, Path]  # those that hold the tensors, by their names in the bundle
 
-    def shape(self, name: str) -> tuple[int, ...]:
+    def shape(self, name: str, rank: int) -> tuple[int, ...]:
+        """Of a tensor with so many axes. Raises UserError where it is missing or has others, or empty ones."""
         if name not in self.found:
             raise UserError(f"{self.folder} has no {name}, which says how large the model is; download it again")
-        return self.found[name].shape
+        stored = self.found[name]
+        require(
+            len(stored.shape) == rank and min(stored.shape) > 0,
+            f"{name} in {self.files[stored.file]} has the shape {list(stored.shape)}; it must have {rank} axes, none "
+            "of them empty; download it again",
+        )
+        return stored.shape
 
-    def count(self, name: str) -> int:
-        """How many tensors have this name, with the number of a block for {i}."""
-        count = 0
-        while name.format(i=count) in self.found:
-            count += 1
-        return count
+    def depth(self, name: str) -> int:
+        """How many blocks there are, by the highest number in the place of the name's {i}.
+
+        Other names count too: a block that lacks this one is there, so that it can be said what it lacks.
+        """
+        block = re.compile(re.escape(name.partition("{i}")[0]) + r"([0-9]{1,3})\.")
+        return 1 + max((int(found[1]) for found in map(block.match, self.found) if found), default=-1)
 
     def expect(self, **values: Any) -> None:
         """Raises UserError where the config changes what the reference models leave fixed."""

@@ -145,7 +145,7 @@ def denoiser_spec(part: Part, release: Release) -> DenoiserSpec:
         cross_attn_norm=True, qk_norm="rms_norm_across_heads" if release.layout == Layout.DIFFUSERS else True, eps=1e-6
     )
     source = Source(part, TRANSFORMER, release.layout)
-    width, inputs, *patch = source.shape("denoiser.embed.weight")
+    width, inputs, *patch = source.shape("denoiser.embed.weight", 5)
     outputs = source.shape("denoiser.project_out.weight")[0] // math.prod(patch)
     heads = part.config.get("num_attention_heads", part.config.get("num_heads"))
     require(type(heads) is int, f"{part.folder / 'config.json'} must say num_attention_heads or num_heads")
@@ -157,13 +157,13 @@ def denoiser_spec(part: Part, release: Release) -> DenoiserSpec:
     if source.has("image_conditioner.embed.1.weight"):
         image_width = source.shape("image_conditioner.embed.1.weight")[0]
         positions = source.has("image_conditioner.positions")
-        tokens = source.shape("image_conditioner.positions")[1] if positions else _clip_tokens(release)
+        tokens = source.shape("image_conditioner.positions", 3)[1] if positions else _clip_tokens(release)
         image = ImageAttentionSpec(image_width, tokens, positions)
     return DenoiserSpec(
         latent_channels=outputs,
         patch=(patch[0], patch[1], patch[2]),
         width=width,
-        depth=source.count("denoiser.blocks.{i}.self_attention.q.weight"),
+        depth=source.depth("denoiser.blocks.{i}.self_attention.q.weight"),
         heads=int(heads or 0),
         ffn_width=source.shape("denoiser.blocks.{i}.ffn.0.weight")[0],
         text_width=source.shape("conditioner.embed.0.weight")[1],
@@ -190,14 +190,14 @@ def image_encoder_spec(release: Release) -> ImageEncoderSpec:
     if part is None:
         raise UserError(f"{release.folder} has no image encoder, which its denoiser needs; download the whole release")
     source = Source(part, IMAGE_ENCODER, release.layout)
-    width, _, patch, _ = source.shape("image_encoder.patches.weight")
+    width, _, patch, _ = source.shape("image_encoder.patches.weight", 4)
     side = math.isqrt(_clip_tokens(release) - 1)
     part.expect(hidden_act="gelu", layer_norm_eps=1e-5, num_attention_heads=width // CLIP_HEAD)
     return ImageEncoderSpec(
         size=side * patch,
         patch=patch,
         width=width,
-        depth=source.count("image_encoder.layers.{i}.norm1.weight") - 1,  # the last one is not read
+        depth=source.depth("image_encoder.layers.{i}.norm1.weight") - 1,  # the last one is not read
         heads=width // CLIP_HEAD,
         ffn_width=source.shape("image_encoder.layers.{i}.ffn.0.weight")[0],
     )
@@ -207,4 +207,5 @@ def _clip_tokens(release: Release) -> int:
     """Of one picture."""
     if release.image_encoder is None:
         raise UserError(f"{release.folder} has no image encoder, which its denoiser needs; download the whole release")
-    return Source(release.image_encoder, IMAGE_ENCODER, release.layout).shape("image_encoder.positions")[-2]
+    source = Source(release.image_encoder, IMAGE_ENCODER, release.layout)
+    return source.shape("image_encoder.positions", 2 if release.layout == Layout.DIFFUSERS else 3)[-2]

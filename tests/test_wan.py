@@ -10,6 +10,7 @@ through eight evaluations and guidance.
 from __future__ import annotations
 
 import dataclasses
+import re
 import shutil
 from collections.abc import Mapping
 from pathlib import Path
@@ -21,8 +22,8 @@ import pytest
 import torch
 from numpy.typing import NDArray
 from PIL import Image
-from published import KINDS, TEXTS, pipeline, randomise, renamed, write_diffusers, write_original
-from safetensors.torch import load_file, save, save_file
+from published import KINDS, TEXTS, pipeline, randomise, renamed, rewrite, write_diffusers, write_original
+from safetensors.torch import save, save_file
 from torch_engines import TorchEngines, painted
 
 from tubelet.export.checkpoint import Checkpoint
@@ -381,26 +382,41 @@ def test_adapters_are_named_with_a_scale() -> None:
             Lora.parse(text)
 
 
-@pytest.mark.parametrize("layout", ["diffusers", "original"])
-def test_damaged_folders_are_refused(models: Mapping[str, Published], tmp_path: Path, layout: str) -> None:
-    """One message names what is missing, unknown and wrongly shaped."""
-    source = getattr(models["wan2.1-i2v"], layout)
-    folder = Path(shutil.copytree(source, tmp_path / "wan"))
-    inside = folder / "transformer" if layout == "diffusers" else folder
-    for index in inside.glob("*.index.json"):
-        index.unlink()
-    shards = {path: load_file(path) for path in inside.glob("*.safetensors")}
-    shard, weights = max(shards.items(), key=lambda item: len(item[1]))
-    names = sorted(name for name in weights if name.startswith("blocks."))
-    del weights[names[0]]
-    weights["extra.weight"] = torch.zeros(2)
-    weights[names[1]] = torch.zeros(3, 3)
-    save_file(weights, shard)
+@pytest.mark.parametrize("layout", list(Layout))
+@pytest.mark.parametrize("lost", ["blocks.0.self_attention.q", "blocks.1.self_attention.q", "blocks.0.ffn.0"])
+def test_damaged_folders_are_refused(
+    models: Mapping[str, Published], tmp_path: Path, layout: Layout, lost: str
+) -> None:
+    """One message names what is missing, unknown and wrongly shaped, where sizes are read from it too."""
+    folder = Path(shutil.copytree(getattr(models["wan2.1-i2v"], layout.name.lower()), tmp_path / "wan"))
+    ours = [f"denoiser.{lost}.weight", "denoiser.blocks.0.offset"]
+    missing, reshaped = TRANSFORMER.sources(ours, layout, 2).values()
+    inside = folder / "transformer" if layout == Layout.DIFFUSERS else folder
+    rewrite(inside, {missing: None, reshaped: torch.zeros(3, 3), "extra.weight": torch.zeros(2)})
 
     with pytest.raises(UserError) as error:
         open_wan(folder)
-    told = str(error.value)
-    assert f"missing: {names[0]}" in told and "unknown: extra.weight" in told and f"{names[1]} is [3, 3]" in told
+    assert f"; missing: {missing}; unknown: extra.weight; wrong shape: {reshaped} is [3, 3], must" in str(error.value)
+
+
+@pytest.mark.parametrize(
+    ("part", "name", "shape", "rank"),
+    [
+        ("transformer", "patch_embedding.weight", (48, 36, 1, 0, 2), 5),
+        ("transformer", "proj_out.weight", (), 2),
+        ("text_encoder", "shared.weight", (4,), 2),
+        ("image_encoder", "embeddings.patch_embedding.weight", (4,), 4),
+        ("image_encoder", "embeddings.position_embedding.weight", (0, 160), 2),
+    ],
+)
+def test_sizes_are_those_of_tensors_with_axes(
+    models: Mapping[str, Published], tmp_path: Path, part: str, name: str, shape: tuple[int, ...], rank: int
+) -> None:
+    folder = Path(shutil.copytree(models["wan2.1-i2v"].diffusers, tmp_path / "wan"))
+    rewrite(folder / part, {name: torch.zeros(shape)})
+    message = re.escape(f"{name} in {folder / part / 'model.safetensors'} has the shape {list(shape)}; it must have ")
+    with pytest.raises(UserError, match=f"{message}{rank} axes, none of them empty; download it again"):
+        open_wan(folder)
 
 
 def test_a_pickled_program_is_refused(models: Mapping[str, Published], tmp_path: Path) -> None:
