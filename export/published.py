@@ -26,6 +26,7 @@ from .storage import StoredTensor, read_header, read_pth
 
 STEMS = ("diffusion_pytorch_model", "model")  # what a folder's weights are called
 INDEX, HIGH, LOW = "model_index.json", "high_noise_model", "low_noise_model"
+CLIP = "models_clip_*.pth"
 
 
 @dataclass(frozen=True)
@@ -124,13 +125,13 @@ def _named(value: Any) -> bool:
 def _original(folder: Path) -> Release:
     names = (HIGH, LOW) if (folder / HIGH).is_dir() else (".",)
     transformers = tuple(_part(folder, name) for name in names)
-    clip = sorted(folder.glob("models_clip_*.pth"))
+    shown = any(folder.glob(CLIP))
     return Release(
         layout=Layout.ORIGINAL,
         folder=folder,
         transformers=transformers,
         text_encoder=_pth(_only(folder, "models_t5_*.pth")),
-        image_encoder=_pth(clip[0]) if clip else None,
+        image_encoder=_pth(_only(folder, CLIP)) if shown else None,
         vae=_pth(_only(folder, "Wan2.*_VAE.pth")),
         tokenizer=_file(folder / "google" / "umt5-xxl" / TOKENIZER),
         per_token=transformers[0].config.get("model_type") == "ti2v",

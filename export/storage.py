@@ -9,7 +9,6 @@ from __future__ import annotations
 import hashlib
 import json
 import math
-import pickle
 import struct
 import threading
 from collections.abc import Callable, Iterator, Mapping
@@ -98,25 +97,32 @@ def read_pth(path: Path, file: str) -> dict[str, StoredTensor]:
 
     Raises UserError when it is damaged, or holds anything else than tensors of float types.
     """
+
+    def refusal(reason: str) -> UserError:
+        return UserError(f"{path} is not a usable file of weights ({reason}); copy it again")
+
     try:
         with FakeTensorMode():
             content = torch.load(path, weights_only=True)
-        if not isinstance(content, Mapping) or not all(isinstance(value, Tensor) for value in content.values()):
-            raise ValueError("it holds more than named tensors")
-        names = {dtype: name for name, dtype in DTYPES.items()}
-        tensors = {}
-        for name, value in content.items():
-            if value.dtype not in names or not value.is_contiguous():
-                raise ValueError(f"{name} is {value.dtype}, must be dense and one of {', '.join(ITEM_BYTES)}")
-            start = value.untyped_storage()._checkpoint_offset
-            if start is None:
-                raise ValueError("it is in the format of torch before 1.6")
-            offset = start + value.storage_offset() * value.itemsize
-            size = value.numel() * value.itemsize
-            tensors[name] = StoredTensor(file, names[value.dtype], tuple(value.shape), offset, size)
-    except (OSError, RuntimeError, ValueError, AttributeError, EOFError, pickle.UnpicklingError) as error:
-        reason = str(error).split("\n")[0]
-        raise UserError(f"{path} is not a usable file of weights ({reason}); copy it again") from error
+    except OSError as error:
+        raise UserError(f"cannot read {path}: {error.strerror or error}; make it readable") from error
+    except Exception as error:  # unpickling what is not of torch raises almost anything, with advice for programmers
+        raise refusal("it is damaged, or torch did not write it of tensors alone") from error
+    if not isinstance(content, Mapping) or not all(
+        isinstance(name, str) and isinstance(value, Tensor) for name, value in content.items()
+    ):
+        raise refusal("it holds more than named tensors")
+    dtypes = {dtype: name for name, dtype in DTYPES.items()}
+    tensors = {}
+    for name, value in content.items():
+        if value.dtype not in dtypes or value.layout != torch.strided or not value.is_contiguous():
+            raise refusal(f"{name} is {value.dtype}, must be dense and one of {', '.join(ITEM_BYTES)}")
+        start = value.untyped_storage()._checkpoint_offset
+        if start is None:
+            raise refusal("it is in the format of torch before 1.6")
+        offset = start + value.storage_offset() * value.itemsize
+        size = value.numel() * value.itemsize
+        tensors[name] = StoredTensor(file, dtypes[value.dtype], tuple(value.shape), offset, size)
     return tensors
 
 

@@ -32,7 +32,7 @@ from tubelet.export.estimate import KINDS as KINDS_OF_COMPONENTS
 from tubelet.export.lora import Lora, merged
 from tubelet.export.names import Layout
 from tubelet.export.profiles import choose
-from tubelet.export.storage import digest
+from tubelet.export.storage import digest, read_pth
 from tubelet.export.traffic import Shape
 from tubelet.export.wan import open_wan
 from tubelet.export.wan_names import TRANSFORMER
@@ -419,17 +419,47 @@ def test_sizes_are_those_of_tensors_with_axes(
         open_wan(folder)
 
 
-def test_a_pickled_program_is_refused(models: Mapping[str, Published], tmp_path: Path) -> None:
-    folder = Path(shutil.copytree(models["wan2.1-t2v"].original, tmp_path / "wan"))
-    text = folder / "models_t5_umt5-xxl-enc-bf16.pth"
-    torch.save({"weight": Path("/")}, text)
-    with pytest.raises(UserError, match="is not a usable file of weights"):
-        open_wan(folder)
-    text.write_bytes(text.read_bytes()[:100])
-    with pytest.raises(UserError, match="is not a usable file of weights"):
-        open_wan(folder)
-    text.unlink()
-    with pytest.raises(UserError, match=r"must have one file models_t5_\*.pth, has none"):
+@pytest.mark.parametrize(
+    ("content", "reason"),
+    [
+        (b"", "it is damaged, or torch did not write it of tensors alone"),
+        (b"PK\x03\x04cut", "it is damaged, or torch did not write it of tensors alone"),
+        (b"This is text.\n", "it is damaged, or torch did not write it of tensors alone"),
+        ({"weight": Path("/")}, "it is damaged, or torch did not write it of tensors alone"),
+        ([torch.ones(2)], "it holds more than named tensors"),
+        ({1: torch.ones(2)}, "it holds more than named tensors"),
+        ({"a": torch.ones(2).to_sparse()}, "a is torch.float32, must be dense and one of F32, F16, BF16"),
+    ],
+)
+def test_pickled_weights_are_tensors_alone(tmp_path: Path, content: Any, reason: str) -> None:
+    path = tmp_path / "models_t5_umt5-xxl-enc-bf16.pth"
+    if isinstance(content, bytes):
+        path.write_bytes(content)
+    else:
+        torch.save(content, path)
+    with pytest.raises(UserError) as error:
+        read_pth(path, path.name)
+    assert str(error.value) == f"{path} is not a usable file of weights ({reason}); copy it again"
+
+
+@pytest.mark.parametrize(
+    ("pattern", "copies", "found"),
+    [
+        ("models_t5_*.pth", 0, "none"),
+        ("models_clip_*.pth", 2, "models_clip_2.pth, models_clip_open-clip-xlm-roberta-large-vit-huge-14.pth"),
+        ("Wan2.*_VAE.pth", 2, "Wan2.1_VAE.pth, Wan2.2_VAE.pth"),
+    ],
+)
+def test_an_original_release_has_each_file_once(
+    models: Mapping[str, Published], tmp_path: Path, pattern: str, copies: int, found: str
+) -> None:
+    folder = Path(shutil.copytree(models["wan2.1-i2v"].original, tmp_path / "wan"))
+    (file,) = folder.glob(pattern)
+    if copies:
+        shutil.copyfile(file, folder / pattern.replace("*", "2"))
+    else:
+        file.unlink()
+    with pytest.raises(UserError, match=re.escape(f"must have one file {pattern}, has {found}; download the whole")):
         open_wan(folder)
 
 
