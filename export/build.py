@@ -25,6 +25,7 @@ from tubelet.runtime.bundle import (
     record,
     write_manifest,
 )
+from tubelet.runtime.strict import require
 
 from .checkpoint import SPEC, Checkpoint
 from .components import build_modules, components
@@ -32,14 +33,16 @@ from .content import place, weight_line, weights_digest
 from .hashes import Hashes
 from .lora import Lora, merged
 from .ltx import open_ltx
+from .names import Layout
 from .parity import measure
-from .published import is_published, pipeline_class
+from .published import CONFIG, INDEX, layout_of, pipeline_class
 from .tracing import Source, Traced, trace_all
 from .wan import open_wan
 
 Report = Callable[[str], None]
+WAN = ("WanPipeline", "WanImageToVideoPipeline")
 LTX = ("LTXPipeline", "LTXImageToVideoPipeline", "LTXConditionPipeline")
-READERS = dict.fromkeys(LTX, open_ltx)  # by diffusers' class of pipeline; all others are of Wan
+READERS = dict.fromkeys(WAN, open_wan) | dict.fromkeys(LTX, open_ltx)  # by diffusers' class of pipeline
 
 
 def build(
@@ -86,9 +89,25 @@ def build(
 
 
 def open_checkpoint(folder: Path) -> Checkpoint:
-    """Reads a checkpoint in tubelet's own layout or in one of the published ones."""
-    own = (folder / SPEC).is_file() or not is_published(folder)
-    return Checkpoint.open(folder) if own else READERS.get(str(pipeline_class(folder)), open_wan)(folder)
+    """Reads a checkpoint in tubelet's own layout or in one of the published ones.
+
+    Raises UserError for a folder that is none of these, or of a pipeline that is not known.
+    """
+    require(folder.exists(), f"{folder} does not exist; give the folder that was downloaded")
+    require(folder.is_dir(), f"{folder} is a file; give the folder that was downloaded")
+    if (folder / SPEC).is_file():
+        return Checkpoint.open(folder)
+    layout = layout_of(folder)
+    require(
+        layout is not None,
+        f"{folder} is not a checkpoint: it has no {INDEX} as diffusers' folders, no {CONFIG} beside shards as the "
+        f"original releases, and no {SPEC} as tubelet's own",
+    )
+    if layout == Layout.ORIGINAL:
+        return open_wan(folder)
+    pipeline = pipeline_class(folder)
+    require(pipeline in READERS, f"{folder} is of {pipeline}; known are {', '.join(READERS)}")
+    return READERS[pipeline](folder)
 
 
 def write_graphs(

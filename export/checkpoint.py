@@ -67,7 +67,7 @@ class Checkpoint:
             spec = ModelSpec.from_json(json.loads((folder / SPEC).read_text(encoding="utf-8")))
         except (UserError, UnicodeDecodeError, json.JSONDecodeError) as error:
             raise UserError(f"{folder / SPEC} is not usable: {error}; write it again") from error
-        PromptTokenizer.from_file(folder / TOKENIZER, spec.text_encoder)
+        PromptTokenizer.from_file(folder / TOKENIZER, spec.text_encoder, "write it again")
         found, expected = read_header(folder / WEIGHTS), parameters(spec)
         tensors = match(found, expected, {name: name for name in expected}, (), f"{folder / WEIGHTS}")
         checkpoint = cls(folder, spec, tensors, {WEIGHTS: folder / WEIGHTS}, folder / TOKENIZER)

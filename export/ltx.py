@@ -8,21 +8,19 @@ the scheduler's. What a request means where it is silent is that of diffusers' p
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 from pathlib import Path
-from typing import TypeVar
 
 from tubelet.runtime.spec import Defaults, LtxDenoiserSpec, LtxVaeSpec, ModelSpec, ShiftByTokens
-from tubelet.runtime.strict import read, require
+from tubelet.runtime.strict import require
 
 from .checkpoint import Checkpoint, parameters
 from .ltx_names import TEXT_ENCODER, TRANSFORMER, vae_sources
 from .names import Layout
 from .placed import Placed, Source, assemble, placed, text_encoder_spec
-from .published import Part, Release, read_json, read_release
+from .published import Part, Release, read_fields, read_json, read_release
 from .storage import read_values
 
-T = TypeVar("T")
 LAYOUT = Layout.DIFFUSERS
 FPS, TEXT_LENGTH = 25, 128
 LARGEST = 33 * 22 * 40  # tokens of 1280x704 with 257 frames
@@ -106,7 +104,7 @@ def denoiser_spec(part: Part) -> LtxDenoiserSpec:
         patch=(1, 1, 1),
         width=width,
         depth=source.depth("denoiser.blocks.{i}.self_attention.q.weight"),
-        heads=_read(Heads, part).num_attention_heads,
+        heads=read_fields(Heads, part.config, str(part.folder)).num_attention_heads,
         ffn_width=source.shape("denoiser.blocks.{i}.ffn.0.weight")[0],
         text_width=source.shape("conditioner.embed.0.weight")[1],
         time_features=source.shape("denoiser.time_embedding.0.weight")[1],
@@ -128,7 +126,7 @@ def vae_spec(part: Part) -> LtxVaeSpec:
         f"{part.folder} has a decoder that is conditioned on a noise level, as LTX-Video 0.9.1 and later; only the VAE "
         "of 0.9.0 is supported",
     )
-    sizes = _read(VaeSizes, part)
+    sizes = read_fields(VaeSizes, part.config, str(part.folder))
     levels = len(sizes.block_out_channels)
     scales = [True] * (levels - 1) + [False]
     part.expect(
@@ -162,7 +160,7 @@ def shift(folder: Path) -> ShiftByTokens:
     path = folder / SCHEDULER
     part = Part(path, {"use_dynamic_shifting": False, "shift_terminal": None} | read_json(path), {}, {})
     part.expect(**SCHEDULER_FIXED)
-    line = _read(ShiftLine, part)
+    line = read_fields(ShiftLine, part.config, str(path))
     return ShiftByTokens((line.base_image_seq_len, line.max_image_seq_len), (line.base_shift, line.max_shift))
 
 
@@ -192,12 +190,6 @@ class ShiftLine:
     max_shift: float
     base_image_seq_len: int
     max_image_seq_len: int
-
-
-def _read(kind: type[T], part: Part) -> T:
-    """The fields of a config that say how large something is. Raises UserError where one is missing or ill-typed."""
-    wanted = {field.name for field in fields(kind)}  # type: ignore[arg-type]
-    return read(kind, {name: value for name, value in part.config.items() if name in wanted}, str(part.folder))
 
 
 def _values(part: Part, name: str) -> tuple[float, ...]:

@@ -48,7 +48,7 @@ def assemble(
 
     Raises UserError when the tokenizer is unreadable, or parameters are missing, unknown or of another shape.
     """
-    PromptTokenizer.from_file(release.tokenizer, spec.text_encoder)
+    PromptTokenizer.from_file(release.tokenizer, spec.text_encoder, "download it again")
     expected = parameters(spec)
     tensors: dict[str, StoredTensor] = {}
     files: dict[str, Path] = {}

@@ -13,19 +13,21 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from tubelet.runtime.bundle import TOKENIZER
 from tubelet.runtime.errors import UserError
-from tubelet.runtime.strict import require
+from tubelet.runtime.strict import read, require
 
 from .names import Layout
 from .storage import StoredTensor, read_header, read_pth
 
 STEMS = ("diffusion_pytorch_model", "model")  # what a folder's weights are called
-INDEX, HIGH, LOW = "model_index.json", "high_noise_model", "low_noise_model"
+INDEX, CONFIG, HIGH, LOW = "model_index.json", "config.json", "high_noise_model", "low_noise_model"
+MODEL_TYPES = ("t2v", "i2v", "flf2v", "ti2v")  # of the original's config.json
+T = TypeVar("T")
 CLIP = "models_clip_*.pth"
 
 
@@ -78,25 +80,38 @@ class Release:
     boundary: float | None  # where the release says it
 
 
-def is_published(folder: Path) -> bool:
-    return any((folder / name).is_file() for name in (INDEX, "config.json", f"{HIGH}/config.json"))
+@dataclass(frozen=True)
+class Settings:
+    """Of model_index.json, beside the parts."""
+
+    boundary_ratio: float | None = None
+    expand_timesteps: bool = False
 
 
-def pipeline_class(folder: Path) -> str | None:
-    """Which of diffusers' pipelines a folder is of; None for the original layout."""
-    return read_json(folder / INDEX).get("_class_name") if (folder / INDEX).is_file() else None
+def layout_of(folder: Path) -> Layout | None:
+    """The layout in which a folder is published; None where it is in neither."""
+    if (folder / INDEX).is_file():
+        return Layout.DIFFUSERS
+    return Layout.ORIGINAL if any((folder / place / CONFIG).is_file() for place in (".", HIGH)) else None
+
+
+def pipeline_class(folder: Path) -> str:
+    """Which of diffusers' pipelines a diffusers folder is of."""
+    return read(str, read_json(folder / INDEX).get("_class_name"), f"_class_name in {folder / INDEX}")
 
 
 def read_release(folder: Path) -> Release:
     """Raises UserError when a part is missing or unreadable."""
-    return _diffusers(folder) if (folder / INDEX).is_file() else _original(folder)
+    return _diffusers(folder) if layout_of(folder) == Layout.DIFFUSERS else _original(folder)
 
 
 def _diffusers(folder: Path) -> Release:
     index = read_json(folder / INDEX)
+    settings = read_fields(Settings, index, str(folder / INDEX))
     parts = {name: _part(folder, name) for name, value in index.items() if _named(value) and (folder / name).is_dir()}
     for name in ("transformer", "text_encoder", "vae"):
-        require(name in parts and bool(parts[name].found), f"{folder} has no {name}; download it again")
+        there = name in parts and bool(parts[name].found)
+        require(there, f"{folder} has no {name}, or {INDEX} does not name it as [library, class]; download it again")
     low = [parts["transformer_2"]] if "transformer_2" in parts else []
     tokenizer = folder / "tokenizer" / TOKENIZER
     require(
@@ -112,19 +127,23 @@ def _diffusers(folder: Path) -> Release:
         image_encoder=parts.get("image_encoder"),
         vae=parts["vae"],
         tokenizer=tokenizer,
-        per_token=bool(index.get("expand_timesteps", False)),
-        boundary=index.get("boundary_ratio"),
+        per_token=settings.expand_timesteps,
+        boundary=settings.boundary_ratio,
     )
 
 
 def _named(value: Any) -> bool:
     """Whether an entry of model_index.json names a part that is there, as ["library", "class"]."""
-    return isinstance(value, list) and value[-1] is not None
+    return isinstance(value, list) and len(value) == 2 and value[1] is not None
 
 
 def _original(folder: Path) -> Release:
     names = (HIGH, LOW) if (folder / HIGH).is_dir() else (".",)
     transformers = tuple(_part(folder, name) for name in names)
+    for part in transformers:
+        kind = part.config.get("model_type")
+        known = ", ".join(MODEL_TYPES)
+        require(kind in MODEL_TYPES, f"{part.folder / CONFIG} has model_type {kind!r}; known of Wan are {known}")
     shown = any(folder.glob(CLIP))
     return Release(
         layout=Layout.ORIGINAL,
@@ -142,7 +161,7 @@ def _original(folder: Path) -> Release:
 def _part(folder: Path, name: str) -> Part:
     """A folder's config and its safetensors: those that an index lists, or the one file, or numbered ones."""
     inside = folder / name
-    config = read_json(inside / "config.json") if (inside / "config.json").is_file() else {}
+    config = read_json(inside / CONFIG) if (inside / CONFIG).is_file() else {}
     for stem in STEMS:
         index, shards = (
             inside / f"{stem}.safetensors.index.json",
@@ -156,13 +175,18 @@ def _part(folder: Path, name: str) -> Part:
     return Part(inside, config, {}, {})
 
 
+@dataclass(frozen=True)
+class Listed:
+    """Of an index of shards."""
+
+    weight_map: Mapping[str, str]  # files by tensor
+
+
 def _indexed(folder: Path, index: Path, config: Mapping[str, Any], name: str) -> Part:
-    listed = read_json(index).get("weight_map")
-    require(isinstance(listed, dict), f"{index} lists no weights; download it again")
-    assert listed is not None
+    listed = read_fields(Listed, read_json(index), str(index)).weight_map
     shards = sorted(set(listed.values()))
     for shard in shards:
-        require(Path(str(shard)).name == shard, f"{index} names the file {shard!r}, which is outside its folder")
+        require(Path(shard).name == shard, f"{index} names the file {shard!r}, which is outside its folder")
     part = _read(folder, [_file(folder / shard) for shard in shards], config, name)
     misplaced = sorted(t for t in listed if t not in part.found or part.files[part.found[t].file].name != listed[t])
     unlisted = sorted(part.found.keys() - set(listed))
@@ -199,6 +223,12 @@ def _only(folder: Path, pattern: str) -> Path:
 def _file(path: Path) -> Path:
     require(path.is_file(), f"{path} is missing; download the whole release")
     return path
+
+
+def read_fields(kind: type[T], values: Mapping[str, Any], where: str) -> T:
+    """Those of a config's values that `kind` has. Raises UserError where one is missing or ill-typed."""
+    wanted = {field.name for field in fields(kind)}  # type: ignore[arg-type]
+    return read(kind, {name: value for name, value in values.items() if name in wanted}, where)
 
 
 def read_json(path: Path) -> dict[str, Any]:

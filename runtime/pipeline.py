@@ -40,7 +40,9 @@ class Pipeline:
 
     def __init__(self, bundle: Bundle, engines: Engines, target: Choice):
         self.bundle, self.spec, self.engines, self.target = bundle, bundle.spec, engines, target
-        self.tokenizer = PromptTokenizer.from_file(bundle.path(TOKENIZER), self.spec.text_encoder)
+        self.tokenizer = PromptTokenizer.from_file(
+            bundle.path(TOKENIZER), self.spec.text_encoder, "export the bundle again"
+        )
 
     @classmethod
     def open(cls, bundle: str | Path | Bundle, target: str = AUTO, threads: int | None = None) -> Pipeline:

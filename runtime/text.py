@@ -31,12 +31,12 @@ class PromptTokenizer:
         tokenizer.no_truncation()
 
     @classmethod
-    def from_file(cls, path: Path, spec: TextEncoderSpec) -> PromptTokenizer:
-        """Raises UserError when the file is not a tokenizer."""
+    def from_file(cls, path: Path, spec: TextEncoderSpec, remedy: str) -> PromptTokenizer:
+        """Raises UserError, which ends with the remedy, when the file is not a tokenizer."""
         try:
             return cls(Tokenizer.from_str(path.read_text(encoding="utf-8")), spec.length, spec.cleaned)
         except Exception as error:  # the library raises bare Exception
-            raise UserError(f"{path} is not a readable tokenizer file ({error}); export the bundle again") from error
+            raise UserError(f"{path} is not a readable tokenizer file ({error}); {remedy}") from error
 
     def __call__(self, prompts: list[str]) -> tuple[np.ndarray, np.ndarray]:
         """Prompts -> ids and mask, int64 [B,L], padded with zeros.

@@ -312,7 +312,13 @@ def test_a_prompt_is_enhanced_by_rules(tubelet) -> None:
         (["generate", "x", "--count", "0"], "--count"),
         (["generate", "x", "--width", "wide"], "--width"),
         (["inspect", "absent"], "absent is not a bundle"),
-        (["export", "absent", "-o", "b"], "absent is not a checkpoint"),
+        (["export", "absent", "-o", "b"], "absent does not exist; give the folder that was downloaded"),
+        (["export", "plain.png", "-o", "b"], "plain.png is a file; give the folder that was downloaded"),
+        (
+            ["export", "empty", "-o", "b"],
+            "empty is not a checkpoint: it has no model_index.json as diffusers' folders, no config.json beside shards "
+            "as the original releases, and no spec.json as tubelet's own",
+        ),
         (["frobnicate"], "frobnicate"),
     ],
 )

@@ -21,7 +21,7 @@ import numpy as np
 import pytest
 import torch
 from ltx_published import DEPTH, HEAD, HEADS, TEXT, arguments, finished, noise_of, pipeline, request
-from published import TEXTS, randomise, relative
+from published import TEXTS, randomise, relative, rewrite
 from safetensors.torch import load_file, save_file
 from torch_engines import TorchEngines, painted
 
@@ -33,6 +33,7 @@ from tubelet.export.lora import Lora, merged
 from tubelet.export.ltx_names import TRANSFORMER, vae_sources
 from tubelet.export.names import Layout
 from tubelet.export.profiles import choose
+from tubelet.export.published import INDEX
 from tubelet.export.traffic import Shape
 from tubelet.runtime import Pipeline, UserError, vae
 from tubelet.runtime.bundle import required
@@ -270,6 +271,18 @@ def lose_tokenizer(folder: Path) -> None:
     (folder / "tokenizer" / "tokenizer.json").unlink()
 
 
+def damage_tokenizer(folder: Path) -> None:
+    (folder / "tokenizer" / "tokenizer.json").write_text("{}")
+
+
+def damage_sizes(folder: Path) -> None:
+    rewrite(folder / "transformer", {"proj_in.weight": torch.zeros(())})
+
+
+def lose_depth(folder: Path) -> None:
+    rewrite(folder / "transformer", {"transformer_blocks.0.attn1.to_q.weight": None})
+
+
 def edit(file: str, **values: Any) -> Any:
     def change(folder: Path) -> None:
         config = json.loads((folder / file).read_text())
@@ -284,6 +297,17 @@ def edit(file: str, **values: Any) -> Any:
         (
             damage_weights,
             "missing: decoder.conv_in.conv.weight; unknown: extra.enc.*; wrong shape: encoder.conv_in",
+        ),
+        (damage_tokenizer, "tokenizer.json is not a readable tokenizer file .*; download it again"),
+        (damage_sizes, r"proj_in.weight in .*model.safetensors has the shape \[\]; it must have 2 axes, none of them"),
+        (lose_depth, "transformer does not fit its spec; missing: transformer_blocks.0.attn1.to_q.weight$"),
+        (edit(INDEX, vae=[]), r"has no vae, or model_index.json does not name it as \[library, class\]; download"),
+        (edit(INDEX, boundary_ratio="x"), "model_index.json.boundary_ratio must be float or NoneType, is 'x'"),
+        (edit(INDEX, _class_name="FooPipeline"), "ltx is of FooPipeline; known are WanPipeline, WanImageToVideoPipe"),
+        (edit(INDEX, _class_name=[]), r"_class_name in .*model_index.json must be str, is \[\]"),
+        (
+            edit("vae/diffusion_pytorch_model.safetensors.index.json", weight_map={"a": ["b"]}),
+            r"index.json.weight_map.a must be str, is \['b'\]",
         ),
         (lose_tokenizer, "tokenizer.json is missing; .*only spiece.model, write it with transformers"),
         (edit("vae/config.json", timestep_conditioning=True), "conditioned on a noise level.*only the VAE of 0.9.0"),

@@ -10,6 +10,7 @@ through eight evaluations and guidance.
 from __future__ import annotations
 
 import dataclasses
+import json
 import re
 import shutil
 from collections.abc import Mapping
@@ -460,6 +461,16 @@ def test_an_original_release_has_each_file_once(
     else:
         file.unlink()
     with pytest.raises(UserError, match=re.escape(f"must have one file {pattern}, has {found}; download the whole")):
+        open_wan(folder)
+
+
+@pytest.mark.parametrize("kind", ["vace", None, ["t2v"]])
+def test_an_original_release_is_of_a_known_kind(models: Mapping[str, Published], tmp_path: Path, kind: Any) -> None:
+    folder = Path(shutil.copytree(models["wan2.1-i2v"].original, tmp_path / "wan"))
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps(config | {"model_type": kind}))
+    message = f"config.json has model_type {kind!r}; known of Wan are t2v, i2v, flf2v, ti2v"
+    with pytest.raises(UserError, match=re.escape(message)):
         open_wan(folder)
 
 

@@ -97,7 +97,7 @@ def _ports(ports: Any) -> str:
 
 @app.command()
 def export(
-    checkpoint: Annotated[Path, typer.Argument(help="Folder that was downloaded: Wan's, or tubelet's own checkpoint.")],
+    checkpoint: Annotated[Path, typer.Argument(help="Folder of Wan or LTX-Video as downloaded, or tubelet's own.")],
     output: Annotated[Path, typer.Option("--output", "-o", help="Bundle folder to make.")],
     lora: Annotated[
         list[str] | None,
