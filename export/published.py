@@ -13,7 +13,7 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Mapping
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -51,6 +51,10 @@ class Part:
             "of them empty; download it again",
         )
         return stored.shape
+
+    def without(self, prefix: str) -> Part:
+        """The same, where some names begin with a prefix, with names that do not."""
+        return replace(self, found={name.removeprefix(prefix): stored for name, stored in self.found.items()})
 
     def depth(self, name: str) -> int:
         """How many blocks there are, by the highest number in the place of the name's {i}.

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
@@ -35,6 +35,7 @@ from .wan_names import IMAGE_ENCODER, TEXT_ENCODER, TRANSFORMER
 
 TEXT_LENGTH = 512  # tokens
 CLIP_HEAD = 80  # values of a head of ViT-H
+CLIP_PREFIX = "vision_model."  # of every name in files that older transformers wrote; newer ones have none
 VAE_LAYOUTS = {Layout.DIFFUSERS: "diffusers", Layout.ORIGINAL: "release"}
 NEGATIVE = (
     "色调艳丽，过曝，静态，细节模糊不清，字幕，风格，作品，画作，画面，静止，整体发灰，最差质量，低质量，JPEG压缩残留，"
@@ -87,6 +88,8 @@ def open_wan(folder: Path) -> Checkpoint:
     unknown or of another shape: then it lists them.
     """
     release = read_release(folder)
+    if release.image_encoder is not None:
+        release = replace(release, image_encoder=release.image_encoder.without(CLIP_PREFIX))
     spec = model_spec(release)
     return assemble(release, spec, _parts(release, spec), normalisation(spec))
 

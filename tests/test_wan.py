@@ -24,7 +24,7 @@ import torch
 from numpy.typing import NDArray
 from PIL import Image
 from published import KINDS, TEXTS, pipeline, randomise, renamed, rewrite, write_diffusers, write_original
-from safetensors.torch import save, save_file
+from safetensors.torch import load_file, save, save_file
 from torch_engines import TorchEngines, painted
 
 from tubelet.export.checkpoint import Checkpoint
@@ -99,6 +99,20 @@ def test_both_layouts_are_the_same_model(models: Mapping[str, Published], name: 
         mine = ours.tensors[key]
         assert (stored.dtype, stored.shape) == (mine.dtype, mine.shape)
         assert digest(other.files[stored.file], stored) == digest(ours.files[mine.file], mine), key
+
+
+def test_the_image_encoder_of_older_releases_is_the_same(models: Mapping[str, Published], tmp_path: Path) -> None:
+    """transformers as it was when Wan was published began each name with vision_model."""
+    model = models["wan2.1-i2v"]
+    folder = Path(shutil.copytree(model.diffusers, tmp_path / "wan"))
+    weights = {n: t for path in (folder / "image_encoder").glob("*.safetensors") for n, t in load_file(path).items()}
+    rewrite(folder / "image_encoder", dict.fromkeys(weights) | {f"vision_model.{n}": t for n, t in weights.items()})
+
+    other = open_wan(folder)
+
+    assert other.spec == model.checkpoint.spec
+    for name in (name for name in other.tensors if name.startswith("image_encoder.")):
+        assert torch.equal(other.read(name), model.checkpoint.read(name)), name
 
 
 @pytest.mark.parametrize("name", KINDS)
