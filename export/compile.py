@@ -27,6 +27,7 @@ from .engine_report import load_report
 from .errors import CompilerError
 from .precision import Lowered, lower
 from .profiles import Bounds, input_shapes
+from .repeatable import in_fresh_memory
 
 NO_DRIVER = "cudaError 35"  # logged throughout on a machine without a GPU, where it means nothing
 GRAPH, TYPED, PLAN = Path("graph.onnx"), Path("typed.onnx"), Path("plan")  # in the folder of a job
@@ -67,13 +68,7 @@ def compile_component(job: Job, on_event: Callable[[Event], None]) -> PlanRecord
     logger = make_logger(trt, keep=("Layers:", "Total "), but=NO_DRIVER)
     lowered = lower(ir.load(GRAPH), job.target.narrow, job.target.wide_products)
     ir.save(lowered.model, TYPED)
-    builder, network, _parser = _parse(trt, logger, job)
-    config = _configure(trt, builder, job, on_event)
-    with PLAN.open("wb") as file:
-        writer = _writer(trt, file)
-        if not builder.build_serialized_network_to_stream(network, config, writer):
-            within = f" within {job.budget:,} bytes for activations" if job.budget is not None else ""
-            raise writer.error or CompilerError(f"the compiler refused {job.component}{within}: {logger.problems()}")
+    in_fresh_memory(lambda: _write_plan(trt, logger, job, on_event))
     report = parse_report(logger.lines) if job.target.compiler == "rtx" else load_report(trt, logger, PLAN)
     verify(job, lowered, report, PLAN)
     fallen_back = report.fallen_back(lowered.rounded)
@@ -138,6 +133,16 @@ def _require(job: Job, claims: Sequence[tuple[str, Any, Any]]) -> None:
     for what, found, wanted in claims:
         if found != wanted:
             raise CompilerError(f"{job.component}: the plan has {what} {found}, asked for were {wanted}")
+
+
+def _write_plan(trt: Any, logger: Any, job: Job, on_event: Callable[[Event], None]) -> None:
+    builder, network, _parser = _parse(trt, logger, job)
+    config = _configure(trt, builder, job, on_event)
+    with PLAN.open("wb") as file:
+        writer = _writer(trt, file)
+        if not builder.build_serialized_network_to_stream(network, config, writer):
+            within = f" within {job.budget:,} bytes for activations" if job.budget is not None else ""
+            raise writer.error or CompilerError(f"the compiler refused {job.component}{within}: {logger.problems()}")
 
 
 def _parse(trt: Any, logger: Any, job: Job) -> tuple[Any, Any, Any]:

@@ -105,16 +105,19 @@ def test_what_is_there_is_kept(compiled: Bundle) -> None:
     assert {path: path.stat().st_mtime_ns for path in compiled.folder.rglob("*")} == before
 
 
-def test_a_second_build_is_the_same(compiled: Bundle, embedded_copy: Path) -> None:
-    """Byte for byte. Threads of the compiler's own race where others take the CPUs from it: it has three attempts."""
+def test_another_build_is_the_same(compiled: Bundle, embedded_copy: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Byte for byte, in another folder and environment. Threads of the compiler's own race, and one build in ten or so
+    differs where others take the CPUs from it: so a plan must be seen again within few attempts, not at the first.
+    """
     seen = {component: {plan_path(compiled, TARGET, component).read_bytes()} for component in COMPONENTS}
-    left, attempts = set(COMPONENTS), 3 if at_fixed_addresses() else 1
-    for _ in range(attempts):
+    left, attempts = set(COMPONENTS), 8 if at_fixed_addresses() else 1
+    for attempt in range(attempts):
+        monkeypatch.setenv("UNRELATED", "x" * (100 * attempt))
         shutil.rmtree(embedded_copy / FOLDER, ignore_errors=True)
-        second = Bundle.open(embedded_copy)
-        assert build(second, *sorted(left)) == dict.fromkeys(left, False)
+        other = Bundle.open(embedded_copy)
+        assert build(other, *sorted(left)) == dict.fromkeys(left, False)
         for component in sorted(left):
-            plan, expected = (plan_path(bundle, TARGET, component) for bundle in (second, compiled))
+            plan, expected = (plan_path(bundle, TARGET, component) for bundle in (other, compiled))
             assert what_counts(read_record(plan)) == what_counts(read_record(expected))
             if (content := plan.read_bytes()) in seen[component]:
                 left.remove(component)
