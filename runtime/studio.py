@@ -114,7 +114,8 @@ class Studio:
     ) -> Iterator[Frames]:
         """The clip [T,H,W,3] and `frames` more after it, or before it; the clip itself stays as it is.
 
-        The model sees `context` frames of the clip: more keep its motion, one leaves the motion to the prompt.
+        The model sees `context` frames of the clip: more keep its motion, one leaves the motion to the prompt. What is
+        before the clip is made at once, up to twice a window: in windows motion often came to rest too soon.
         """
         self.check_context(context)
         if not backward:
@@ -124,13 +125,17 @@ class Studio:
         made: list[Frames] = []
         future, left = clip[:context], frames
         while left > 0:
-            length = self._ceil(min(self.window, left + len(future)))
+            length = self.extended(left, True, len(future))
             shown = dict(enumerate(future, length - len(future)))
             window = self._paint_around(self._seeded(request, len(made)), shown, length)
             made.insert(0, window[: -len(future)][-left:])
             future, left = np.concatenate([made[0], future])[:context], left - len(made[0])
         yield from made
         yield clip
+
+    def extended(self, frames: int, backward: bool, context: int = CONTEXT) -> int:
+        """The frames of the longest canvas of `extend`, for a clip of at least `context` frames."""
+        return self._ceil(min(frames + context, self.longest if backward else self.window))
 
     def check_context(self, context: int) -> None:
         """Raises UserError for a context of `extend` that is empty, or leaves no room in a window."""

@@ -6,7 +6,7 @@ pytest tests/test_studio.py
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 
 import numpy as np
 import pytest
@@ -117,6 +117,27 @@ def test_extension_keeps_the_clip_and_adds_as_much_as_asked(
     made = joined(studio.extend(noise, FAST, frames, backward, context))
     assert len(made) == 19 + frames
     np.testing.assert_array_equal(made[frames:] if backward else made[:19], noise)
+
+
+@pytest.mark.parametrize(("frames", "backward", "longest"), [(40, False, 33), (40, True, 49), (70, True, 65)])
+def test_the_longest_canvas_of_an_extension_is_told_before(
+    pipeline: Pipeline, noise: np.ndarray, frames: int, backward: bool, longest: int
+) -> None:
+    studio = Recorder(pipeline)
+    joined(studio.extend(noise, FAST, frames, backward))
+    assert max(studio.painted) == longest == studio.extended(frames, backward)
+
+
+class Recorder(Studio):
+    """Remembers how long its canvases were."""
+
+    def __init__(self, pipeline: Pipeline):
+        super().__init__(pipeline)
+        self.painted: list[int] = []
+
+    def _paint_around(self, request: Request, shown: Mapping[int, np.ndarray], frames: int) -> np.ndarray:
+        self.painted.append(frames)
+        return super()._paint_around(request, shown, frames)
 
 
 @pytest.mark.parametrize("context", [0, 33, 40])

@@ -49,7 +49,7 @@ def extend(
     desk.studio.check_context(context)
     desk.write(
         len(given) + frames,
-        desk.studio.windowed(min(context, len(given)) + frames),
+        desk.studio.extended(frames, backward, min(context, len(given))),
         lambda studio, request: studio.extend(given, request, frames, backward, context),
         {"added": frames, "backward": backward, "context": context},
     )
