@@ -12,13 +12,10 @@ from __future__ import annotations
 import re
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
 
-from tubelet.runtime.errors import UserError
 from tubelet.runtime.spec import WanVaeSpec
 from tubelet.runtime.strict import read, require
 
@@ -293,19 +290,3 @@ def release_spec(shapes: Mapping[str, Shape], where: str) -> WanVaeSpec:
 
 def _widths(base: int, multipliers: Iterable[int]) -> tuple[int, ...]:
     return tuple(base * multiplier for multiplier in multipliers)
-
-
-def read_release(path: Path) -> dict[str, Tensor]:
-    """The tensors of a .pth file, mapped and not read; nothing in it is run. Raises UserError when it is unusable."""
-    try:
-        tensors = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
-    except OSError as error:
-        raise UserError(f"cannot read {path}: {error.strerror or error}") from error
-    except Exception as error:  # unpickling what is not a checkpoint raises almost anything
-        reason = str(error).partition("\n")[0]
-        raise UserError(
-            f"{path} is not a file of tensors alone ({reason}); copy it again, or use the diffusers folder"
-        ) from error
-    if not isinstance(tensors, dict) or not all(isinstance(tensor, Tensor) for tensor in tensors.values()):
-        raise UserError(f"{path} does not hold tensors by name; use the file of the release")
-    return tensors

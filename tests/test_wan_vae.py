@@ -22,8 +22,9 @@ from torch import Tensor, nn
 
 from tubelet.export.causal import CausalConv3d, History, NarrowCausalConv3d
 from tubelet.export.checkpoint import check_parameters
+from tubelet.export.storage import read_pth, read_values
 from tubelet.export.vae import Vae
-from tubelet.export.wan_vae_names import RELEASES, published, read_release, release_spec, vae_spec
+from tubelet.export.wan_vae_names import RELEASES, published, release_spec, vae_spec
 from tubelet.runtime.errors import UserError
 from tubelet.runtime.spec import WanVaeSpec
 
@@ -180,10 +181,12 @@ def test_names_of_wan22_are_those_of_the_release() -> None:
 @pytest.mark.parametrize("model", MODELS)
 def test_both_layouts_give_the_same_tensors(model: str, tmp_path: Path) -> None:
     theirs = make(**MODELS[model])
-    torch.save(released(theirs), tmp_path / "Wan_VAE.pth")
+    path = tmp_path / "Wan_VAE.pth"
+    torch.save(released(theirs), path)
 
-    tensors = read_release(tmp_path / "Wan_VAE.pth")
-    spec = release_spec({name: tuple(tensor.shape) for name, tensor in tensors.items()}, "Wan_VAE.pth")
+    stored = read_pth(path, path.name)
+    tensors = {name: read_values(path, each) for name, each in stored.items()}
+    spec = release_spec({name: each.shape for name, each in stored.items()}, path.name)
 
     assert spec == vae_spec(theirs.config)
     first, second = load(spec, "release", tensors), load(spec, "diffusers", theirs.state_dict())
@@ -235,7 +238,7 @@ class Harmful:
 def test_a_file_of_other_things_is_refused(content: Any, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     torch.save(content, tmp_path / "vae.pth")
     with pytest.raises(UserError, match=r"vae\.pth"):
-        read_release(tmp_path / "vae.pth")
+        read_pth(tmp_path / "vae.pth", "vae.pth")
     assert "run by unpickling" not in capsys.readouterr().out
 
 
@@ -250,7 +253,7 @@ def test_a_damaged_file_is_refused(damage: str, tmp_path: Path) -> None:
     else:
         path.write_text("not a checkpoint")
     with pytest.raises(UserError, match=r"vae\.pth"):
-        read_release(path)
+        read_pth(path, path.name)
 
 
 def test_a_release_of_another_size_is_named() -> None:
