@@ -13,8 +13,6 @@ import sys
 import threading
 import traceback
 from collections.abc import Callable, Iterator
-from datetime import UTC, datetime, timedelta
-from email.utils import format_datetime
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from typing import Any
 
@@ -207,8 +205,8 @@ def test_tries_are_counted(serve: Callable[..., Server], waits: list[float]) -> 
         ("0", 0, 0.5),
         ("86400", 30, 30),
         ("9" * 400, 30, 30),
-        (format_datetime(datetime.now(UTC) + timedelta(hours=1), usegmt=True), 30, 30),
-        (format_datetime(datetime.now(UTC) - timedelta(hours=1), usegmt=True), 0, 0.5),
+        ("Wed, 21 Oct 2099 07:28:00 GMT", 30, 30),
+        ("Wed, 21 Oct 2015 07:28:00 GMT", 0, 0.5),
         ("Wed, 21 Oct 2099 07:28:00 -0000", 0, 0.5),
         ("-3", 0, 0.5),
         ("soon", 0, 0.5),
