@@ -154,7 +154,7 @@ class Tubelet:
 
         made = folder / "tubelet"
         spec = read(WanVaeSpec, json.loads((made / "spec.json").read_text()), "spec.json")
-        engines = HostEngines(lambda name: OnnxRuntimeEngine(made / f"{name}.onnx"))
+        engines = HostEngines(lambda name: OnnxRuntimeEngine(made / f"{name}.onnx", frugal=True))
         latents = self.case.latents()
         return Loaded(lambda: np.concatenate(list(vae.decode(spec, engines, latents))))
 
