@@ -74,7 +74,14 @@ def main() -> None:
             zip(evaluation_set(options.count, SEED), itertools.cycle(shapes), strict=False)
         ):
             request = Request(
-                prompt, None, width, height, frames, options.steps, options.guidance, None, options.shift, seed=number
+                prompt,
+                width=width,
+                height=height,
+                frames=frames,
+                steps=options.steps,
+                guidance=options.guidance,
+                shift=options.shift,
+                seed=number,
             )
             clip = pipeline.generate(request)
             scores.append(score(clip, scene))
