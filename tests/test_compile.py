@@ -106,11 +106,11 @@ def test_what_is_there_is_kept(compiled: Bundle) -> None:
 
 
 def test_another_build_is_the_same(compiled: Bundle, embedded_copy: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Byte for byte, in another folder and environment. Threads of the compiler's own race, and one build in ten or so
-    differs where others take the CPUs from it: so a plan must be seen again within few attempts, not at the first.
+    """Byte for byte, in another folder and environment. Threads of the compiler's own race, so that one build in six of
+    the VAE's encoder is another of two or three: each plan must be seen again within three attempts, not at the first.
     """
     seen = {component: {plan_path(compiled, TARGET, component).read_bytes()} for component in COMPONENTS}
-    left, attempts = set(COMPONENTS), 8 if at_fixed_addresses() else 1
+    left, attempts = set(COMPONENTS), 3 if at_fixed_addresses() else 1
     for attempt in range(attempts):
         monkeypatch.setenv("UNRELATED", "x" * (100 * attempt))
         shutil.rmtree(embedded_copy / FOLDER, ignore_errors=True)
