@@ -233,6 +233,10 @@ def test_a_prompt_is_enhanced_by_rules(tubelet) -> None:
         (["caption", ".", "-o", "list.txt"], "list.txt is not a file of captions"),
         (["caption", ".", "--beams", "0"], "--beams"),
         (["caption", ".", "--chat-url", "http://x"], "give both --chat-url and --chat-model"),
+        (
+            ["caption", ".", "--beams", "4", "--chat-url", "http://x", "--chat-model", "m"],
+            "--beams 4 is for the model's captioner; leave it out with --chat-url",
+        ),
         (["generate", "x", "--enhance", "--chat-url", "ftp://x", "--chat-model", "m"], "ftp://x"),
         (["generate", "--storyboard", "late.txt", "--enhance"], "--enhance works on PROMPT and --prompts"),
         (["generate", "x", "--chat-url", "http://x"], "give --enhance too, or leave them out"),

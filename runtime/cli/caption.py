@@ -37,7 +37,12 @@ def caption(
     output: Annotated[Path, typer.Option("--output", "-o", help="File that gets one JSON line a clip.")] = Path(
         "captions.jsonl"
     ),
-    beams: Annotated[int, typer.Option(min=1, max=MAX_BEAMS, help="Captions that the search keeps; 1 is greedy.")] = 1,
+    beams: Annotated[
+        int | None,
+        typer.Option(
+            min=1, max=MAX_BEAMS, help="Captions that the captioner's search keeps; 1, the default, is greedy."
+        ),
+    ] = None,
     chat: Chat,
     run: Run,
 ) -> None:
@@ -92,10 +97,12 @@ def _resume(output: Path) -> set[str]:
     return done
 
 
-def _eyes(chat: Chat, run: Run, beams: int) -> tuple[Callable[[Path], Frames], Callable[[Frames], str]]:
+def _eyes(chat: Chat, run: Run, beams: int | None) -> tuple[Callable[[Path], Frames], Callable[[Frames], str]]:
     """What reads a clip, and what says what it shows."""
     endpoint = chat.endpoint()
     if endpoint is not None:
+        if beams is not None:
+            raise UserError(f"--beams {beams} is for the model's captioner; leave it out with --chat-url")
         return (
             lambda file: read_clip(file, CHAT_FPS, _smaller),
             lambda frames: tidy(complete(endpoint, caption_messages(frames))),
@@ -105,7 +112,7 @@ def _eyes(chat: Chat, run: Run, beams: int) -> tuple[Callable[[Path], Frames], C
     spec = studio.spec
     return (
         lambda file: read_clip(file, spec.fps, lambda size: nearest_size(spec, *size)),
-        lambda frames: studio.describe(frames, beams),
+        lambda frames: studio.describe(frames, beams or 1),
     )
 
 
