@@ -18,20 +18,17 @@ import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from tempfile import TemporaryDirectory
 from typing import Any
 
 import numpy as np
 from peers import Array, Loaded, Runner, compare, cpu_model, parser, show
 
-from tubelet.export.content import place
 from tubelet.runtime.atomic import new_folder
 
 WIDTH, HEADS, FFN, TEXT, TEXT_TOKENS, CHANNELS = 1536, 12, 8960, 4096, 512, 16
 CLIPS = {320: (17, 128, 128), 1280: (17, 256, 256), 2304: (33, 256, 256)}  # tokens: frames, rows, columns
 TIMESTEP = 500.0
 CALIBRATED = (900.0, 700.0, 300.0, 100.0)  # timesteps
-CALIBRATION_ROWS = 64  # inputs of each layer, of each of these and of both branches, in which tubelet searches scales
 PEAK_ROWS, PEAK_PASSES = 1280, 7
 ELEMENTS = {np.dtype(np.float32): "float", np.dtype(np.uint8): "uint8"}
 COLUMNS = {
@@ -246,7 +243,7 @@ class Tubelet:
         """What `tubelet quantize --precision int8` does, but calibrated on noise instead of whole trajectories."""
         import onnx_ir as ir
 
-        from tubelet.export.quantize.bundle import seal, write
+        from tubelet.export.quantize.bundle import seal, workplace, write
         from tubelet.export.quantize.formats import FORMATS
         from tubelet.export.quantize.linear import sites
         from tubelet.export.quantize.search import search
@@ -256,12 +253,10 @@ class Tubelet:
 
         source = Bundle.open(Tubelet(self.case)._folder(folder))
         graph = source.graph("denoiser")
-        with new_folder(self._folder(folder)) as made, TemporaryDirectory(dir=folder) as work:
-            for name in source.manifest.weights:
-                place(source.path(name), Path(work, name), copy=False)
-            watching = Watching(graph, Path(work), CALIBRATION_ROWS)
-            conditioner = OnnxRuntimeEngine(source.graph("conditioner"))
-            for given in self.case.calibration():
+        with new_folder(self._folder(folder)) as made, workplace(source, made) as work:
+            samples, conditioner = self.case.calibration(), OnnxRuntimeEngine(source.graph("conditioner"))
+            watching = Watching(graph, work, len(samples))
+            for given in samples:
                 watching(_tokens(source, given, conditioner))
             seen = watching.seen()
             del watching

@@ -34,6 +34,14 @@ def weights_digest(lines: Iterable[str]) -> str:
     return hashlib.sha256("\n".join(sorted(lines)).encode()).hexdigest()
 
 
+def borrow(source: Path, target: Path) -> None:
+    """Puts a file of weights where graphs look for it for a while: a hard link, or a copy where it cannot be linked."""
+    try:
+        os.link(source.resolve(), target)
+    except OSError:
+        shutil.copyfile(source, target)
+
+
 def place(source: Path, target: Path, copy: bool) -> None:
     """Puts a file of weights into a bundle, as a hard link or a copy. Raises UserError where it cannot be linked."""
     if copy:

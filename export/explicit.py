@@ -13,7 +13,8 @@ from __future__ import annotations
 import numpy as np
 import onnx_ir as ir
 
-BLOCK = 16
+from .quantize.formats import BLOCK
+
 FLOAT, FP4, E4M3 = ir.DataType.FLOAT, ir.DataType.FLOAT4E2M1, ir.DataType.FLOAT8E4M3FN
 DYNAMIC = "TRT_FP4DynamicQuantize"
 

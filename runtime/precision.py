@@ -33,7 +33,10 @@ class LayerPrecision:
 
 @dataclass(frozen=True)
 class Damage:
-    """Rounded against float32, over whole clips that were no part of the calibration."""
+    """Rounded against float32, over whole clips that were no part of the calibration.
+
+    Under a budget they are those that the choice of layers was measured on, so that what is said is what was met.
+    """
 
     clips: int
     latents: float  # L2 of the difference of final latents over L2 of the reference

@@ -6,11 +6,14 @@ pytest tests/test_quantize.py
 from __future__ import annotations
 
 import dataclasses
+import errno
 import functools
 import json
 import math
+import os
 import re
 import shutil
+import signal
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -32,19 +35,21 @@ from tubelet.export.engines import build_engines
 from tubelet.export.explicit import to_tensorrt
 from tubelet.export.profiles import choose as choose_profiles
 from tubelet.export.quantize import Plan, quantize
-from tubelet.export.quantize.bundle import _require_blocks, seal, write
+from tubelet.export.quantize.bundle import _require_blocks, seal, workplace, write
 from tubelet.export.quantize.choose import Cost, cheapest, choose
 from tubelet.export.quantize.compare import psnr, ssim
 from tubelet.export.quantize.formats import FORMATS, input_scale, round_inputs, round_weight
 from tubelet.export.quantize.linear import sites
 from tubelet.export.quantize.passes import Rounding, round_layers
-from tubelet.export.quantize.trials import damage
-from tubelet.export.quantize.weights import digest, is_new, is_new_or_in, store
+from tubelet.export.quantize.search import search
+from tubelet.export.quantize.trajectory import Seen, observe
+from tubelet.export.quantize.trials import damage, latents_error
+from tubelet.export.quantize.weights import digest, is_new, store
 from tubelet.export.storage import read_header
 from tubelet.export.trace import trace
 from tubelet.export.traffic import Shape
 from tubelet.runtime import EMBEDDED, Bundle, Pipeline, Request, UserError
-from tubelet.runtime.bundle import WEIGHTS
+from tubelet.runtime.bundle import TOKENIZER, WEIGHTS
 from tubelet.runtime.engines import OnnxRuntimeEngine
 from tubelet.runtime.plans import PlanRecord, Target
 from tubelet.runtime.precision import FILE, Damage, Precision, read_precision, refusal, write_precision
@@ -259,21 +264,64 @@ def test_digests_name_what_is_stored(one_block: Bundle, rounded: Callable[[str],
     assert bundle.key != one_block.key
 
 
-def test_files_that_hold_nothing_of_the_denoisers_are_linked(one_block: Bundle, tmp_path: Path) -> None:
-    """As in a bundle of a published checkpoint, whose text encoder has files of its own."""
-    folder = Path(shutil.copytree(one_block.folder, tmp_path / "source"))
-    graph = folder / one_block.manifest.components["text_encoder"].graph
-    model = ir.load(graph)
-    store([model.graph], folder / "text.safetensors", is_new_or_in({WEIGHTS}))
-    ir.save(model, graph)
-    weights = (WEIGHTS, "text.safetensors")
-    source = seal(Bundle(folder, dataclasses.replace(one_block.manifest, weights=weights)))
+@pytest.fixture
+def in_two_files(one_block: Bundle, tmp_path: Path) -> Callable[[str, str], Bundle]:
+    """The small bundle with the text encoder's weights in a file of their own, as published checkpoints have them."""
 
+    def make(text: str, others: str) -> Bundle:
+        folder = tmp_path / "source"
+        folder.mkdir()
+        shutil.copyfile(one_block.path(TOKENIZER), folder / TOKENIZER)
+        for name, component in one_block.manifest.components.items():
+            model = onnx.load(one_block.graph(name), load_external_data=False)
+            for tensor in model.graph.initializer:  # the files stay whole: what is unused there is unused
+                for entry in [entry for entry in tensor.external_data if entry.key == "location"]:
+                    entry.value = text if name == "text_encoder" else others
+            onnx.save(model, folder / component.graph)
+        for name in (text, others):
+            shutil.copyfile(one_block.path(WEIGHTS), folder / name)
+        return seal(Bundle(folder, dataclasses.replace(one_block.manifest, weights=(text, others))))
+
+    return make
+
+
+@pytest.mark.parametrize(
+    ("text", "others", "made"),
+    [("text.safetensors", WEIGHTS, WEIGHTS), (WEIGHTS, "model.safetensors", "weights-2.safetensors")],
+)
+def test_files_that_hold_nothing_of_the_denoisers_are_linked(
+    in_two_files: Callable[[str, str], Bundle], tmp_path: Path, text: str, others: str, made: str
+) -> None:
+    source = in_two_files(text, others)
+    before = source.path(text).read_bytes()
     bundle = rounded_bundle(source, tmp_path / "linked", "w8")
-    assert set(bundle.manifest.weights) == set(weights) and Bundle.open(bundle.folder).key == bundle.key
-    assert bundle.path("text.safetensors").samefile(source.path("text.safetensors"))
-    assert not [name for name in read_tensors(bundle.path(WEIGHTS)) if name.startswith("text_encoder")]
+    assert sorted(bundle.manifest.weights) == sorted([text, made]) and Bundle.open(bundle.folder).key == bundle.key
+    assert bundle.path(text).samefile(source.path(text)) and source.path(text).read_bytes() == before
+    assert not [name for name in read_tensors(bundle.path(made)) if name.startswith("text_encoder")]
     assert Pipeline.open(bundle, "cpu").generate(Request(PROMPTS[0])).shape == (9, 32, 32, 3)
+
+
+def test_another_file_system_needs_a_copy_of_what_stays(
+    in_two_files: Callable[[str, str], Bundle],
+    one_block: Bundle,
+    tubelet: Callable[..., Any],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """What is only used on the way is copied unasked."""
+
+    def link(source: Path, target: Path) -> None:
+        raise OSError(errno.EXDEV, os.strerror(errno.EXDEV))
+
+    monkeypatch.setattr(os, "link", link)
+    arguments = ("-o", "narrow", "--precision", "w8")
+    source = in_two_files("text.safetensors", WEIGHTS)
+    result = tubelet("quantize", str(source.folder), *arguments)
+    assert result.code == 2 and "Invalid cross-device link; write the bundle to the same file system" in result.err
+    assert [path.name for path in tmp_path.iterdir()] == ["source"]
+    assert tubelet("quantize", str(source.folder), *arguments, "--copy").code == 0
+    assert Bundle.open(tmp_path / "narrow").path("text.safetensors").stat().st_nlink == 1
+    assert tubelet("quantize", str(one_block.folder), "-o", "unlinked", "--precision", "w8").code == 0
 
 
 PROMPTS = tuple(f"a {colour} circle moves right on a white background" for colour in ("red", "green", "blue", "yellow"))
@@ -330,6 +378,71 @@ def test_the_command_makes_a_bundle(tubelet: Callable[..., Any], one_block: Bund
     assert {layer.precision for layer in known.layers} == {"w8"} and not any(layer.migrated for layer in known.layers)
     assert tubelet("generate", PROMPTS[0], "--bundle", "narrow", "-o", "clip.mp4").code == 0
     assert not [path for path in tmp_path.iterdir() if path.name.startswith(".")]
+
+
+def test_a_budget_falls_back_from_four_bits_to_eight(one_block: Bundle, tmp_path: Path) -> None:
+    known = precision_of(quantize(one_block, tmp_path / "narrow", Plan("nvfp4", PROMPTS, budget=0.2)))
+    assert {"nvfp4", "fp8"} <= {layer.precision for layer in known.layers}
+    assert 0 < known.damage.latents <= 0.2
+
+
+def test_a_budget_that_cannot_be_met_says_one_that_can(
+    tubelet: Callable[..., Any], one_block: Bundle, tmp_path: Path
+) -> None:
+    arguments = ("quantize", str(one_block.folder), "-o", "narrow", "--precision", "int8", "--budget")
+    result = tubelet(*arguments, "1e-9")
+    assert result.code == 2 and not list(tmp_path.iterdir())
+    found = re.search(r"--budget 1e-09 cannot be met: .* the final latents' error is (\S+); give at", result.err)
+    assert found, result.err
+    assert tubelet(*arguments, found[1]).code == 0
+    assert precision_of(Bundle.open(tmp_path / "narrow")).damage.latents <= float(found[1])
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_an_interrupt_leaves_nothing(
+    tubelet: Callable[..., Any], one_block: Bundle, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, number: int
+) -> None:
+    def interrupted(*_: Any) -> None:
+        assert list(tmp_path.iterdir())  # the bundle is being made
+        signal.raise_signal(number)
+
+    monkeypatch.setattr("tubelet.export.quantize.bundle.search", interrupted)
+    result = tubelet("quantize", str(one_block.folder), "-o", "narrow", "--precision", "w8")
+    assert result.code == 128 + number and not list(tmp_path.iterdir())
+
+
+def test_inputs_are_drawn_evenly_from_any_number_of_steps(
+    one_block: Bundle, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Two requests of three steps, each with and without the prompt."""
+    pipeline, requests = Pipeline.open(one_block, "cpu"), [Request(prompt) for prompt in PROMPTS[:2]]
+    with workplace(one_block, tmp_path) as work:
+        for tokens in (512, 4):
+            monkeypatch.setattr("tubelet.export.quantize.trajectory.TOKENS", tokens)
+            seen = observe(pipeline, one_block.graph("denoiser"), work, requests)
+            assert {len(each.rows) for each in seen.values()} == {2 * tokens}
+
+
+def test_a_layer_of_zeros_has_no_error() -> None:
+    rows = np.random.default_rng(0).standard_normal((9, 32)).astype(np.float32)
+    for weight, read in ((np.zeros((8, 32), np.float32), rows), (rows[:8], np.zeros_like(rows))):
+        (site,) = sites(one_layer(weight))
+        for format in FORMATS.values():
+            found = search(site, Seen(np.abs(read).max(axis=0), read), format)
+            assert (found.total, found.errors) == (0.0, {"blocks.0.ffn.0": 0.0})
+
+
+@pytest.mark.parametrize(
+    ("found", "expected", "message"),
+    [
+        (np.nan, 1.0, "are NaN or infinite with these layers rounded; leave layers out with --keep"),
+        (1.0, np.inf, "are NaN or infinite before anything is rounded; export the bundle again"),
+    ],
+)
+def test_latents_that_are_not_finite_are_named(found: float, expected: float, message: str) -> None:
+    """Under a budget such an error would be compared for ever."""
+    with pytest.raises(UserError, match=message):
+        latents_error([(np.float32([0, found]), np.float32([0, expected]))])
 
 
 @pytest.mark.parametrize(
@@ -413,8 +526,12 @@ def test_a_choice_that_measures_worse_is_made_again_more_strictly() -> None:
 
 
 def test_a_budget_below_every_site_says_the_least_error() -> None:
-    with pytest.raises(UserError, match=r"--budget 0.001 cannot be met: the least error .*, is 0.01; give at least"):
-        choose(COSTS, 0.001, lambda levels: sum(COSTS[site].errors[at] ** 2 for site, at in levels.items()) ** 0.5)
+    def measure(levels: Any) -> float:
+        return 1.0301 * sum(COSTS[site].errors[at] ** 2 for site, at in levels.items()) ** 0.5
+
+    with pytest.raises(UserError, match=r"--budget 0.001 cannot be met: .* error is 0.011; give at least"):
+        choose(COSTS, 0.001, measure)
+    assert measure(choose(COSTS, 0.011, measure)) == pytest.approx(0.010301)
 
 
 def test_clips_are_compared_as_pixels_say() -> None:

@@ -9,7 +9,8 @@ from __future__ import annotations
 import dataclasses
 import shutil
 import tempfile
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -31,7 +32,7 @@ from tubelet.runtime.precision import (
 from tubelet.runtime.spec import ModelSpec
 from tubelet.runtime.strict import require
 
-from ..content import graph_digest, place
+from ..content import borrow, graph_digest, place
 from .choose import Cost, Levels, choose
 from .formats import FORMATS
 from .linear import Site, sites
@@ -39,7 +40,7 @@ from .passes import Roundings, round_layers
 from .search import Found, search
 from .trajectory import observe
 from .trials import Trials, damage
-from .weights import digest, files, is_new_or_in, store
+from .weights import digest, files, is_new_or_in, store, unused
 
 LADDERS = {name: (name,) for name in FORMATS} | {"nvfp4": ("nvfp4", "fp8")}  # what a budget may fall back to, then WIDE
 LEAST_PROMPTS = 4
@@ -88,17 +89,15 @@ def quantize(
     wanted = sites(denoiser, plan.keep)
     _require_blocks(plan, wanted)
     with new_folder(output) as partial, Pipeline.open(source, "cpu") as pipeline:
-        with tempfile.TemporaryDirectory(dir=partial) as work:
-            for name in files(denoiser.graph):  # ONNX Runtime follows no symbolic links to weights
-                place(source.path(name), Path(work, name), copy)
+        with workplace(source, partial) as work:
             on_stage(f"calibrate on {len(plan.prompts)} prompts")
             requests = [Request(prompt, seed=seed) for seed, prompt in enumerate(plan.prompts)]
-            seen = observe(pipeline, source.graph(COMPONENT), Path(work), requests)
+            seen = observe(pipeline, source.graph(COMPONENT), work, requests)
             found = {}
             for number, site in enumerate(wanted, start=1):
                 on_stage(f"search scales, {number} of {len(wanted)}")
                 found[site.name] = [search(site, seen[site.name], FORMATS[name]) for name in LADDERS[plan.precision]]
-            levels = _levels(source, plan, wanted, found, Trials(source, pipeline, Path(work)), on_stage)
+            levels = _levels(source, plan, wanted, found, Trials(source, pipeline, work), on_stage)
         chosen = _chosen(wanted, found, levels)
         on_stage("write")
         rounded = write(source, partial, _roundings(chosen), copy)
@@ -108,6 +107,15 @@ def quantize(
         write_precision(partial, _precision(source, rounded, plan, chosen, harm))
         seal(rounded)
     return Bundle.open(output)
+
+
+@contextmanager
+def workplace(source: Bundle, folder: Path) -> Iterator[Path]:
+    """A folder inside `folder`, for a while, with the weights that graphs made of the bundle's denoiser refer to."""
+    with tempfile.TemporaryDirectory(dir=folder) as work:
+        for name in files(ir.load(source.graph(COMPONENT)).graph):  # ONNX Runtime follows no symbolic links to weights
+            borrow(source.path(name), Path(work, name))
+        yield Path(work)
 
 
 def _require_prompts_alone(spec: ModelSpec) -> None:
@@ -179,7 +187,8 @@ def _roundings(chosen: Mapping[str, Found]) -> Roundings:
 def write(source: Bundle, folder: Path, roundings: Roundings, copy: bool = False) -> Bundle:
     """All of a bundle but the record of its precision and the manifest.
 
-    Files of weights that the denoiser reads become one, with what other graphs read of them; the others stay.
+    Files of weights that the denoiser reads become one, with what other graphs read of them; the others stay, under
+    the names that their graphs refer to.
     """
     components = source.manifest.components
     shutil.copyfile(source.path(TOKENIZER), folder / TOKENIZER)
@@ -189,7 +198,8 @@ def write(source: Bundle, folder: Path, roundings: Roundings, copy: bool = False
     for name in kept:
         place(source.path(name), folder / name, copy)
     models[COMPONENT] = round_layers(models[COMPONENT], roundings)
-    store([model.graph for model in models.values()], folder / WEIGHTS, is_new_or_in(replaced))
+    made = unused(folder / WEIGHTS)
+    store([model.graph for model in models.values()], made, is_new_or_in(replaced))
     for name, model in models.items():
         ir.save(model, folder / components[name].graph)
     rounded = models[COMPONENT]
@@ -200,7 +210,7 @@ def write(source: Bundle, folder: Path, roundings: Roundings, copy: bool = False
         source.manifest,
         provenance={**source.manifest.provenance, "quantized_from": source.key},
         components={**components, COMPONENT: denoiser},
-        weights=(*kept, WEIGHTS),
+        weights=(*kept, made.name),
         parity=tuple(row for row in source.manifest.parity if row.component != COMPONENT),
     )
     return Bundle(folder, manifest)

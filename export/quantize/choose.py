@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from decimal import ROUND_CEILING, Context
 
 from tubelet.runtime.errors import UserError
 
@@ -29,23 +30,23 @@ Levels = Mapping[str, int]  # by site
 def choose(costs: Mapping[str, Cost], budget: float, measure: Callable[[Levels], float]) -> Levels:
     """The cheapest levels whose measured error is at most the budget.
 
-    Raises UserError that says the least error reached when not even the least sensitive site can be rounded.
+    Raises UserError when not even the least sensitive site can be rounded, and says the budget that would do for it.
     """
-    target, errors = budget, list[float]()
+    target = budget
     while True:
         levels = cheapest(costs, target)
         last = not _rounds_any(costs, levels)
         if last:
             levels = _least_sensitive(costs)
-        errors.append(measure(levels))
-        if errors[-1] <= budget:
+        error = measure(levels)
+        if error <= budget:
             return levels
         if last:
             raise UserError(
-                f"--budget {budget:g} cannot be met: the least error of the final latents, with one layer rounded, is "
-                f"{min(errors):.2g}; give at least that"
+                f"--budget {budget:g} cannot be met: with only the least sensitive layers rounded, those that read one "
+                f"value, the final latents' error is {_rounded_up(error):g}; give at least that"
             )
-        target *= MARGIN * budget / errors[-1]
+        target *= MARGIN * budget / error
 
 
 def cheapest(costs: Mapping[str, Cost], budget: float) -> Levels:
@@ -66,6 +67,11 @@ def cheapest(costs: Mapping[str, Cost], budget: float) -> Levels:
     while sum(costs[site].errors[at] ** 2 for site, at in levels.items()) > budget**2:
         levels[max(costs, key=gain)] += 1
     return levels
+
+
+def _rounded_up(value: float) -> float:
+    """To two digits, never below the value."""
+    return float(Context(prec=2, rounding=ROUND_CEILING).create_decimal_from_float(value))
 
 
 def _rounds_any(costs: Mapping[str, Cost], levels: Levels) -> bool:

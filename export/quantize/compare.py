@@ -1,4 +1,4 @@
-"""Two clips -> how far they are apart, by PyAV's filters.
+"""Two clips -> how far they are apart, by PyAV's filters; and squared errors -> a relative one.
 
 Flows in: clips, uint8 [T,H,W,3]. Flows out: PSNR in dB and SSIM, over all frames.
 """
@@ -25,6 +25,11 @@ def psnr(clip: Frames, reference: Frames) -> float:
 def ssim(clip: Frames, reference: Frames) -> float:
     """Mean over the frames."""
     return float(np.mean(_filtered("ssim", "lavfi.ssim.All", clip, reference)))
+
+
+def relative(lost: float, whole: float) -> float:
+    """L2 of an error over L2 of what was expected, from their squares; 0 where nothing was lost, of nothing too."""
+    return math.sqrt(lost / whole) if lost and whole else math.inf if lost else 0.0
 
 
 def _filtered(name: str, key: str, clip: Frames, reference: Frames) -> list[float]:

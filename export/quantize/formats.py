@@ -24,6 +24,7 @@ Float32 = NDArray[np.float32]
 E4M3 = np.dtype(ml_dtypes.float8_e4m3fn)
 E2M1 = np.dtype(ml_dtypes.float4_e2m1fn)
 LARGEST_E4M3 = 448.0
+BLOCK = 16  # of nvfp4
 
 
 @dataclass(frozen=True)
@@ -48,7 +49,7 @@ FORMATS: Mapping[str, Format] = MappingProxyType(
         for each in (
             Format("int8", np.dtype(np.int8), 127, 8),
             Format("fp8", E4M3, LARGEST_E4M3, 8),
-            Format("nvfp4", E2M1, 6, 4.5, block=16),
+            Format("nvfp4", E2M1, 6, 4.5, block=BLOCK),
             Format("w8", np.dtype(np.int8), 127, 8, rounds_inputs=False),
         )
     }

@@ -13,14 +13,14 @@ import numpy as np
 import onnx_ir as ir
 from onnx import parser
 
-from .formats import E2M1
+from .formats import BLOCK, E2M1
 
 DOMAIN = "tubelet"
 
 ROUND_INPUTS = """
 <domain: "tubelet", opset_import: ["" : 23]>
-RoundInputs (x, scale) => (y) {
-  split = Constant <value_ints: ints = [0, 0, -1, 16]> ()
+RoundInputs (x, scale) => (y) {{
+  split = Constant <value_ints: ints = [0, 0, -1, {block}]> ()
   blocks = Reshape (x, split)
   last = Constant <value_ints: ints = [-1]> ()
   sizes = Abs (blocks)
@@ -50,7 +50,7 @@ RoundInputs (x, scale) => (y) {
   restored = Mul (value, step)
   shape = Shape (x)
   y = Reshape (restored, shape)
-}
+}}
 """
 RESTORE_WEIGHT = """
 <domain: "tubelet", opset_import: ["" : 23]>
@@ -58,7 +58,7 @@ RestoreWeight (codes, scales, scale) => (y) {{
   table = Constant <value_floats: floats = [{values}]> ()
   index = Cast <to: int = 6> (codes)
   values = Gather (table, index)
-  split = Constant <value_ints: ints = [0, -1, 16]> ()
+  split = Constant <value_ints: ints = [0, -1, {block}]> ()
   blocks = Reshape (values, split)
   steps = DequantizeLinear (scales, scale)
   last = Constant <value_ints: ints = [-1]> ()
@@ -73,5 +73,6 @@ RestoreWeight (codes, scales, scale) => (y) {{
 def functions() -> list[ir.Function]:
     """Both functions, fresh: a model owns what it is given."""
     values = np.arange(16, dtype=np.uint8).view(E2M1).astype(np.float32)
-    texts = (ROUND_INPUTS, RESTORE_WEIGHT.format(values=", ".join(f"{value:.1f}" for value in values)))
+    table = ", ".join(f"{value:.1f}" for value in values)
+    texts = (text.format(block=BLOCK, values=table) for text in (ROUND_INPUTS, RESTORE_WEIGHT))
     return [ir.serde.deserialize_function(parser.parse_function(text)) for text in texts]

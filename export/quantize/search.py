@@ -12,6 +12,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from .compare import relative
 from .formats import Float32, Format, input_scale, round_inputs, round_weight
 from .linear import Site
 from .passes import Rounding
@@ -60,9 +61,9 @@ def _measure(
     errors, lost, whole = {}, 0.0, 0.0
     for layer, weight, wanted in zip(site.layers, restored, expected, strict=True):
         energy, output = float(np.square(inputs @ weight.T - wanted).sum()), float(np.square(wanted).sum())
-        errors[layer.name] = (energy / output) ** 0.5
+        errors[layer.name] = relative(energy, output)
         lost, whole = lost + energy, whole + output
-    return Found(rounding, errors, (lost / whole) ** 0.5)
+    return Found(rounding, errors, relative(lost, whole))
 
 
 def _scales(seen: Seen, format: Format, factors: Float32 | None) -> list[float]:

@@ -21,7 +21,7 @@ from tubelet.runtime.loop import HostLoop
 from .formats import Float32
 from .linear import Site, sites
 
-ROWS = 1024  # inputs of each site that are kept, drawn from all requests, steps and both branches
+TOKENS = 512  # whose inputs of each site are kept, of both branches, drawn from all requests and steps
 SAMPLED, LARGEST, READ = "sampled", "largest/", "read/"
 
 
@@ -46,8 +46,7 @@ def observe(pipeline: Pipeline, graph: Path, folder: Path, requests: Sequence[Re
 
     Every step of every request counts, with and without the prompt where the request is guided.
     """
-    evaluations = sum(pipeline.check(request)[0].steps for request in requests)
-    watching = Watching(graph, folder, max(1, ROWS // (2 * evaluations)))
+    watching = Watching(graph, folder, sum(pipeline.check(request)[0].steps for request in requests))
     for request in requests:
         denoise(pipeline, watching, request)
     return watching.seen()
@@ -74,12 +73,12 @@ def _watch(model: ir.Model, found: Sequence[Site]) -> list[str]:
 class Watching:
     """A denoiser's engine that keeps what its sites read."""
 
-    def __init__(self, graph: Path, folder: Path, rows: int):
-        """Keeps so many inputs of each site at every evaluation; the folder has the graph's weights."""
+    def __init__(self, graph: Path, folder: Path, evaluations: int):
+        """Draws TOKENS evenly from so many evaluations; the folder has the graph's weights."""
         model = ir.load(graph)
         self._names = _watch(model, sites(model))
         ir.save(model, folder / "watched.onnx")
-        self._engine, self._rows = OnnxRuntimeEngine(folder / "watched.onnx"), rows
+        self._engine, self._evaluations, self._done = OnnxRuntimeEngine(folder / "watched.onnx"), evaluations, 0
         self._random = np.random.default_rng(0)
         self._largest: dict[str, Float32] = {}
         self._read: dict[str, list[Float32]] = {}
@@ -88,8 +87,10 @@ class Watching:
         return _WatchedBinding(self, inputs, outputs)
 
     def __call__(self, inputs: Arrays) -> dict[str, Any]:
-        tokens = inputs["tokens"].shape[1]
-        results = self._engine({**inputs, SAMPLED: self._random.integers(0, tokens, self._rows)})
+        before, after = (TOKENS * done // self._evaluations for done in (self._done, self._done + 1))
+        self._done += 1
+        sampled = self._random.integers(0, inputs["tokens"].shape[1], after - before)
+        results = self._engine({**inputs, SAMPLED: sampled})
         for name in [name for name in results if name.startswith(LARGEST)]:
             site, values = name.removeprefix(LARGEST), results.pop(name)
             self._largest[site] = np.maximum(self._largest.get(site, values), values)

@@ -5,6 +5,7 @@ Flows in: a bundle and roundings. Flows out: how far the final latents, and clip
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -15,12 +16,13 @@ from tubelet.runtime import Bundle, Pipeline, Request
 from tubelet.runtime.bundle import WEIGHTS
 from tubelet.runtime.engines import OnnxRuntimeEngine
 from tubelet.runtime.precision import COMPONENT, Damage
+from tubelet.runtime.strict import require
 
-from .compare import psnr, ssim
+from .compare import psnr, relative, ssim
 from .formats import Float32
 from .passes import Roundings, round_layers
 from .trajectory import denoise
-from .weights import is_new, store
+from .weights import is_new, store, unused
 
 EQUAL_DB = 100.0  # PSNR of equal clips
 
@@ -30,19 +32,21 @@ class Trials:
 
     def __init__(self, bundle: Bundle, pipeline: Pipeline, folder: Path):
         self._graph, self._pipeline, self._folder = bundle.graph(COMPONENT), pipeline, folder
+        self._weights = unused(folder / WEIGHTS)
         self._expected: dict[Request, Float32] = {}
 
     def error(self, roundings: Roundings, requests: Sequence[Request]) -> float:
         """L2 of the difference of final latents over L2 of the bundle's, over all requests."""
         model = round_layers(ir.load(self._graph), roundings)
-        store([model.graph], self._folder / f"new-{WEIGHTS}", is_new)
+        self._weights.unlink(missing_ok=True)
+        store([model.graph], self._weights, is_new)
         ir.save(model, self._folder / "trial.onnx")
         engine = OnnxRuntimeEngine(self._folder / "trial.onnx")
         pairs = []
         for request in requests:
             found = self._pipeline.latent(denoise(self._pipeline, engine, request))
             pairs.append((found, self._reference(request)))
-        return relative(pairs)
+        return latents_error(pairs)
 
     def _reference(self, request: Request) -> Float32:
         if request not in self._expected:
@@ -65,10 +69,22 @@ def damage(pipeline: Pipeline, reference: Pipeline, requests: Sequence[Request])
         latents.append((found, expected))
         distances.append(min(psnr(clip, original), EQUAL_DB))
         similarities.append(ssim(clip, original))
-    return Damage(len(requests), relative(latents), float(np.mean(distances)), float(np.mean(similarities)))
+    return Damage(len(requests), latents_error(latents), float(np.mean(distances)), float(np.mean(similarities)))
 
 
-def relative(pairs: Sequence[tuple[Float32, Float32]]) -> float:
-    """L2 of all differences over L2 of all expected values, of pairs (found, expected)."""
+def latents_error(pairs: Sequence[tuple[Float32, Float32]]) -> float:
+    """L2 of all differences over L2 of all expected values, of pairs (found, expected).
+
+    Raises UserError where they are not finite: nothing could be chosen or said of them.
+    """
     lost = sum(float(np.square(found - expected).sum()) for found, expected in pairs)
-    return (lost / sum(float(np.square(expected).sum()) for _, expected in pairs)) ** 0.5
+    whole = sum(float(np.square(expected).sum()) for _, expected in pairs)
+    require(
+        math.isfinite(whole),
+        "the final latents are NaN or infinite before anything is rounded; export the bundle again",
+    )
+    require(
+        math.isfinite(lost),
+        "the final latents are NaN or infinite with these layers rounded; leave layers out with --keep",
+    )
+    return relative(lost, whole)

@@ -7,6 +7,7 @@ in it once, and graphs that refer to it. Holds one tensor at a time.
 from __future__ import annotations
 
 import hashlib
+import itertools
 import json
 from collections.abc import Callable, Collection, Iterable
 from pathlib import Path
@@ -39,6 +40,12 @@ def files(graph: ir.Graph) -> set[str]:
     return {_path(tensor).name for tensor in _stored(graph)}
 
 
+def unused(path: Path) -> Path:
+    """The path, or with a number where a file has it: one may be a hard link to what must not change."""
+    numbered = (path.with_stem(f"{path.stem}-{number}") for number in itertools.count(2))
+    return next(each for each in itertools.chain([path], numbered) if not each.exists())
+
+
 def is_new_or_in(names: Collection[str]) -> Callable[[ir.Value], bool]:
     """Tells initializers that were not stored yet, or are in one of these files."""
 
@@ -67,7 +74,10 @@ def digest(graph: ir.Graph) -> str:
 
 
 def store(graphs: Iterable[ir.Graph], path: Path, chosen: Callable[[ir.Value], bool]) -> int:
-    """Writes the chosen initializers of all graphs, by name, and makes them references; returns their bytes."""
+    """Writes the chosen initializers of all graphs, by name, to a new file, and makes them references to it.
+
+    Returns their bytes. Raises FileExistsError where there is a file.
+    """
     users: dict[str, list[ir.Value]] = {}
     for graph in graphs:
         for value in graph.initializers.values():
@@ -86,7 +96,7 @@ def store(graphs: Iterable[ir.Graph], path: Path, chosen: Callable[[ir.Value], b
         header[name] = {"dtype": STORED[tensor.dtype], "shape": shape, "data_offsets": [offsets[name], end]}
     text = json.dumps(header, separators=(",", ":")).encode()
     text += b" " * (-len(text) % 8)
-    with path.open("wb") as file:
+    with path.open("xb") as file:
         file.write(len(text).to_bytes(8, "little") + text)
         for name in order:
             file.write(_data(tensors[name]))
