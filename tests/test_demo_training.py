@@ -32,10 +32,12 @@ from tubelet.export.demo.train_denoiser import (
     Batches,
     draw_clip,
     draw_known,
+    draw_sigmas,
     flow_loss,
+    noise_shift,
     pack,
 )
-from tubelet.export.demo.training import Checkpoint, Muon, Optimizers, averaged, trapezoid
+from tubelet.export.demo.training import Checkpoint, Muon, Optimizers, averaged, mixed, trapezoid
 from tubelet.export.demo.world import SCENES, Scene, vocabulary
 from tubelet.export.vae import Vae
 from tubelet.runtime import kernels
@@ -225,6 +227,20 @@ def test_batches_keep_to_the_recipe(batches: Batches) -> None:
     again = batches(7)
     torch.testing.assert_close(again.clean, drawn[7].clean, rtol=0, atol=0)
     torch.testing.assert_close(again.ids, drawn[7].ids)
+
+
+def test_noise_is_shifted_by_the_number_of_tokens_in_the_last_descent() -> None:
+    before, after = sum(DESCENTS[:-1]) - 1, sum(DESCENTS[:-1])
+    assert [noise_shift(before, tokens) for tokens in (45, 576)] == [3, 3]
+    assert [noise_shift(after, tokens) for tokens in (45, 144, 576)] == [4, 4, 8]
+    torch.manual_seed(0)
+    low, high = (draw_sigmas(1000, shift).sort().values for shift in (3, 8))
+    assert ((low > 0) & (high < 1)).all() and high.median() > low.median() + 0.1
+
+
+def test_the_mean_of_weights_is_each_tensors() -> None:
+    found = mixed([{"a": torch.tensor([1.0, 2.0]), "b": torch.tensor(3.0)}, {"a": torch.zeros(2), "b": torch.ones(())}])
+    assert found["a"].tolist() == [0.5, 1.0] and found["b"].item() == 2
 
 
 @pytest.mark.parametrize("step", range(6))

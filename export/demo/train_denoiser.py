@@ -1,8 +1,9 @@
 """Trains the embedded model's text encoder and denoiser together, by flow matching on cached latents.
 
-Flows in: `vae.pt`. Flows out: `latents.pt` (a pool of encoded clips) and `denoiser.pt` (weights averaged over
-training). Every step draws a size, a duration, noise levels and known tokens from a seed of its own, so a resumed
-training sees what a whole one would have; the compiled denoiser may round differently after a restart.
+Flows in: `vae.pt`. Flows out: `latents.pt` (a pool of encoded clips), for each descent of the learning rate its end
+(weights averaged over training), and `denoiser.pt`, the mean of the last two. Every step draws a size, a duration,
+noise levels and known tokens from a seed of its own, so a resumed training sees what a whole one would have; the
+compiled denoiser may round differently after a restart.
 
 Known tokens (clean, at noise level 0) are what later tasks are made of: first frames, last frames, both ends, all but
 a box in space and time, or single frames anywhere.
@@ -33,7 +34,7 @@ from ..text_encoder import TextEncoder
 from ..vae import Vae, whole
 from .recipe import tokenizer
 from .train_vae import to_pixels
-from .training import Checkpoint, Optimizers, averaged, save, trapezoid, unit_gain_
+from .training import Checkpoint, Optimizers, averaged, mixed, save, trapezoid, unit_gain_
 from .world import OPPOSITE, TRAINED, Scene, caption, render
 
 # Kinds of clips; of each: width, height, frames that the motion is drawn for, clips in the pool.
@@ -54,6 +55,14 @@ POOLS: dict[str, tuple[tuple[int, int, int, int], ...]] = {
         *((w, h, f, n) for w, h in ((128, 96), (96, 128), (128, 128)) for f, n in ((17, 12), (33, 16))),
         *((w, h, 49, 30) for w, h in ((64, 64), (80, 64), (64, 80), (96, 64), (64, 96), (96, 96))),
         *((w, h, 65, 30) for w, h in ((48, 48), (64, 64))),
+    ),
+    # Many tokens, or fast motion in a large picture. Without more of these a large object has a second one beside it.
+    "large": (
+        *((w, h, f, n) for w, h in ((96, 64), (64, 96)) for f, n in ((17, 80), (33, 34))),
+        *((w, h, f, n) for w, h in ((80, 80), (96, 80), (80, 96)) for f, n in ((17, 17), (33, 27))),
+        *((w, h, f, n) for w, h in ((112, 96), (96, 112)) for f, n in ((17, 7), (33, 14))),
+        *((96, 96, f, n) for f, n in ((17, 27), (33, 80), (49, 10))),
+        (112, 112, 33, 8),
     ),
     # Clips that end where there is no room left, with known first frames: long videos are made of such. Without these
     # an object that reaches the border appears somewhere else in the next window.
@@ -86,15 +95,18 @@ SHARES = (
     {"plain": 0.5, "wide": 0.35, "stopping": 0.15},
     {"plain": 0.38, "wide": 0.27, "stopping": 0.07, "starting": 0.07, "slow": 0.09, "fast": 0.12},
     {"plain": 0.34, "wide": 0.22, "stopping": 0.06, "starting": 0.09, "slow": 0.16, "fast": 0.13},
+    {"plain": 0.24, "large": 0.3, "wide": 0.15, "stopping": 0.05, "starting": 0.08, "slow": 0.12, "fast": 0.06},
 )
 # latent frames of a batch, by latent frames of the pool's clips; 11 (41 frames) is never trained
 CUTS = {3: (3, 2), 5: (5, 5, 3), 9: (9, 9, 7, 5), 13: (13, 9, 7), 17: (17, 15, 13)}
 WIDE_FROM = 5500
-DESCENTS = (10000, 2200, 2600, 2200)  # steps of each descent of the learning rate
-PEAKS = (1.0, 0.5, 0.45, 0.45)  # of the learning rate
+DESCENTS = (10000, 2200, 2600, 2200, 2200)  # steps of each descent of the learning rate
+PEAKS = (1.0, 0.5, 0.45, 0.45, 0.45)  # of the learning rate
 STEPS = sum(DESCENTS)
-IMAGE_SHARES = (0.06, 0.12, 0.12, 0.12)  # of each descent
+MIXED = 2  # the last descents, whose weights' mean is kept
+IMAGE_SHARES = (0.06, 0.12, 0.12, 0.12, 0.12)  # of each descent
 TOKENS_PER_BATCH = 2048
+REFERENCE_TOKENS = 144  # of 64x64 and 33 frames
 LEARNING_RATE = 2.5e-3
 CAPTION_DROP = 0.1
 REMADE_CLIPS, REMADE_STRENGTH = 24, 0.25  # of each size and length; share of the sampler's steps
@@ -105,6 +117,7 @@ PATTERN_ODDS = (
     (0.6, 0.12, 0.06, 0.06, 0.08, 0.08),
     (0.57, 0.12, 0.08, 0.07, 0.08, 0.08),
     (0.57, 0.12, 0.08, 0.07, 0.08, 0.08),
+    (0.62, 0.1, 0.08, 0.06, 0.07, 0.07),
 )
 KIND_ODDS = {
     "stopping": (0.0, 1.0, 0.0, 0.0, 0.0, 0.0),
@@ -272,10 +285,20 @@ class Batches:
         )
 
 
-def draw_sigmas(count: int) -> Tensor:
-    """Noise levels [count]: logit-normal, shifted towards noise, where motion is decided."""
+def noise_shift(step: int, tokens: int) -> float:
+    """How far noise levels are shifted towards noise, where motion is decided.
+
+    In the last descent further where there are more tokens (as Esser et al. 2024, arXiv:2403.03206, section 5.3.2):
+    at one level of noise they tell more of the clip than few do.
+    """
+    if descent(step) < len(DESCENTS) - 1:
+        return 3.0
+    return 4.0 * math.sqrt(max(1.0, tokens / REFERENCE_TOKENS))
+
+
+def draw_sigmas(count: int, shift: float) -> Tensor:
+    """Noise levels [count]: logit-normal, shifted."""
     sigma = torch.sigmoid(torch.randn(count))
-    shift = 3.0
     return shift * sigma / (1 + (shift - 1) * sigma)
 
 
@@ -305,15 +328,23 @@ def train(spec: ModelSpec, folder: Path) -> None:
         for step in checkpoint.steps(STEPS, gaps):
             torch.manual_seed(1_000_000 + step)
             batch = batches(step)
-            sigma = draw_sigmas(len(batch.clean))
+            sigma = draw_sigmas(len(batch.clean), noise_shift(step, batch.clean.shape[1]))
             loss = flow_loss(model, batch, sigma, torch.randn_like(batch.clean), spec.denoiser.time_features).mean()
             model.zero_grad()
             loss.backward()
             nn.utils.clip_grad_norm_(model.parameters(), 1.0)
             optimizers.step(rate(step))
             average.update_parameters(model)
+            if descent(step + 1) > descent(step) or step + 1 == STEPS:
+                save(average.module.state_dict(), _end(folder, descent(step)))
             checkpoint.log(loss=loss.item(), tokens=batch.clean.shape[0] * batch.clean.shape[1])
-    save(average.module.state_dict(), folder / "denoiser.pt")
+    ends = [_end(folder, number) for number in range(len(DESCENTS) - MIXED, len(DESCENTS))]
+    save(mixed([torch.load(end, weights_only=True) for end in ends]), folder / "denoiser.pt")
+
+
+def _end(folder: Path, number: int) -> Path:
+    """The weights at the end of a descent."""
+    return folder / f"denoiser_{number}.pt"
 
 
 @torch.no_grad()

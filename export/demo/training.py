@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import os
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -116,6 +116,14 @@ class Muon(torch.optim.Optimizer):
 def averaged(model: nn.Module, decay: float) -> AveragedModel:
     """The exponential moving average of a model's weights, which is what is kept in the end."""
     return AveragedModel(model, multi_avg_fn=get_ema_multi_avg_fn(decay))
+
+
+def mixed(states: Sequence[Mapping[str, Tensor]]) -> dict[str, Tensor]:
+    """The mean of several weights of one model: better than each where one was trained on from another.
+
+    Source: model soups, Wortsman et al. 2022, arXiv:2203.05482.
+    """
+    return {name: torch.stack([state[name] for state in states]).mean(dim=0) for name in states[0]}
 
 
 def trapezoid(step: int, steps: int, flat: float) -> float:
